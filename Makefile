@@ -1,0 +1,76 @@
+# What a user and a developer type. Every target sets up what it needs on a bare Debian 12 or 13, as
+# root, with only git, make and apt there, and is quick the second time: scripts/setup installs what
+# is missing, and the scripts skip what is done already. Built files are in build/, what outlives a
+# checkout in ${XDG_CACHE_HOME:-~/.cache}/architect.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+# The steps build on each other and share apt and Podman; each is parallel where it pays.
+.NOTPARALLEL:
+export PYTHONDONTWRITEBYTECODE := 1
+
+PYTHON := /usr/bin/python3
+VENV := build/venv/bin
+IMAGES := valkey test
+# What the checkers look at; a folder appears here when its first file does.
+CHECKED := $(wildcard src scripts tests bench)
+
+.PHONY: help
+help: ## Show this list
+	@sed -n 's/^\([a-z*-]*\):.*## /\1\t/p' Makefile | expand -t 18
+
+.PHONY: demo
+demo: install image-valkey ## See a valkey vanish and come back
+	$(VENV)/python -m architect.processes.demo
+
+.PHONY: test
+test: setup-test install images lint ## All checks and tests; real engines and guests included
+	$(VENV)/python -m pytest $(PYTEST)
+
+.PHONY: bench
+bench: setup-test install images ## Benchmarks, each with its peers; results in bench/results
+	$(VENV)/python -m bench
+
+.PHONY: install
+install: setup native bundle ## Put architect on this machine and register its runtime
+	$(PYTHON) scripts/install.py install
+
+.PHONY: uninstall
+uninstall: ## Take it off again (FORCE=1: although containers need it)
+	$(PYTHON) scripts/install.py uninstall
+
+.PHONY: lint
+lint: setup-test ## ruff, mypy, import-linter
+	$(VENV)/ruff check $(CHECKED)
+	$(VENV)/mypy $(CHECKED)
+	$(VENV)/lint-imports --no-cache
+
+.PHONY: setup setup-test
+setup: ## Debian packages and the Python environment that building and running take
+	@scripts/setup runtime build
+setup-test: ## The same, with what the tests take
+	@scripts/setup runtime build test
+
+.PHONY: native
+native: setup ## keeper, runc-architect, criu-hook and the eBPF object, in build/native
+	@$(MAKE) --no-print-directory -C native
+
+.PHONY: bundle
+bundle: setup ## CRIU with its own loader and libraries, in build/bundle
+	@$(PYTHON) scripts/bundle.py
+
+.PHONY: images
+images: setup ## All container images of scripts/images.toml
+	@$(PYTHON) scripts/image.py $(IMAGES)
+
+image-%: setup
+	@$(PYTHON) scripts/image.py $*
+
+.PHONY: lock
+lock: ## Write requirements/*.txt anew (UPGRADE=1: with the newest versions)
+	scripts/lock
+
+.PHONY: clean
+clean: ## Remove build/; the cache stays
+	rm -rf build

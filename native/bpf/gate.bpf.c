@@ -1,0 +1,315 @@
+// The traffic gate: sees every packet that comes in on an interface of one
+// pod's network namespace, remembers when a declared port was last used, and
+// holds or drops packets whose container is not there to take them.
+//
+// Loaded and attached (tc clsact ingress) by src/architect/adapters/gate.py,
+// which owns the maps' contents; the structs below are repeated there.
+//
+// Why the mark and not a verdict: tc cannot queue a packet to user space. The
+// mark is matched by one permanent rule in mangle PREROUTING, which hands the
+// packet to an NFQUEUE before routing and before early demultiplexing can tie
+// it to a socket that is about to disappear.
+//
+// Only UAPI headers, no CO-RE: one object file serves every kernel >= 5.12
+// (atomic fetch-and-add).
+
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
+#include <linux/if_packet.h>
+
+#define SEC(name) __attribute__((section(name), used))
+#define inline_always static inline __attribute__((always_inline))
+
+// The BTF encoding of map definitions that libbpf reads.
+#define __uint(name, val) int(*name)[val]
+#define __type(name, val) __typeof__(val) *name
+
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define net16(x) ((__u16)__builtin_bswap16(x))
+#else
+#define net16(x) ((__u16)(x))
+#endif
+
+static void *(*const map_lookup)(void *map, const void *key) =
+	(void *)BPF_FUNC_map_lookup_elem;
+static __u64 (*const ktime_get_ns)(void) = (void *)BPF_FUNC_ktime_get_ns;
+static long (*const load_bytes)(const void *ctx, __u32 offset, void *to,
+				__u32 len) = (void *)BPF_FUNC_skb_load_bytes;
+
+#define OWNERS 16
+#define MARK 0x41720000u // "Ar", the owners' mask in the low half
+#define MARK_MASK 0xffff0000u
+#define MAX_PORTS 1024
+// RFC 8200 knows seven extension headers, and no sane packet repeats them.
+#define MAX_EXTENSIONS 7
+
+struct port_owners { // masks of owners; key is protocol << 16 | port
+	__u32 activity; // the port's packets count and can be held
+	__u32 ignored;	// they do not count; dropped unless the gate is open
+	__u32 shadow;	// as ignored, but an opening SYN always passes
+};
+
+// Masks of owners; the gate is open for those in neither. As masks, not one
+// entry an owner: a loop that collects them has too many paths to verify.
+struct modes {
+	__u32 holding;
+	__u32 dropping;
+};
+
+struct held { // since the owner's mode was last set
+	__u64 packets;
+	__u64 bytes;
+};
+
+struct activity {
+	__u64 last_ns; // CLOCK_MONOTONIC
+	__u64 packets;
+	__u64 held;
+	__u64 dropped;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_PORTS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct port_owners);
+} ports SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct modes);
+} modes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, OWNERS);
+	__type(key, __u32);
+	__type(value, struct held);
+} held SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, OWNERS);
+	__type(key, __u32);
+	__type(value, struct activity);
+} activity SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct held); // most for one owner in one closing of its gate
+} limits SEC(".maps");
+
+// TC_ACT_UNSPEC leaves the decision to the filters after ours, if any.
+#define PASS TC_ACT_UNSPEC
+
+// The verifier keeps the bound of a loop variable only while no helper is given
+// its address, hence the copies.
+#define for_each_owner(key, mask)                                              \
+	for (__u32 bit = 0, key = 0; bit < OWNERS; key = ++bit)                \
+		if ((mask) & (1u << bit))
+
+inline_always void count_activity(__u32 owners)
+{
+	__u64 now = ktime_get_ns();
+
+	for_each_owner(owner, owners) {
+		struct activity *seen = map_lookup(&activity, &owner);
+
+		if (seen) {
+			seen->last_ns = now;
+			__sync_fetch_and_add(&seen->packets, 1);
+		}
+	}
+}
+
+inline_always void count_held(__u32 owners)
+{
+	for_each_owner(owner, owners) {
+		struct activity *seen = map_lookup(&activity, &owner);
+
+		if (seen)
+			__sync_fetch_and_add(&seen->held, 1);
+	}
+}
+
+inline_always void count_dropped(__u32 owners)
+{
+	for_each_owner(owner, owners) {
+		struct activity *seen = map_lookup(&activity, &owner);
+
+		if (seen)
+			__sync_fetch_and_add(&seen->dropped, 1);
+	}
+}
+
+// May these owners have one more packet held? The bound is here because a
+// reader in user space cannot keep up with a flood.
+inline_always int admit(__u32 owners, __u32 bytes)
+{
+	__u32 zero = 0;
+	struct held *limit = map_lookup(&limits, &zero);
+
+	if (!limit)
+		return 0;
+	for_each_owner(owner, owners) {
+		struct held *now = map_lookup(&held, &owner);
+
+		if (!now ||
+		    __sync_fetch_and_add(&now->packets, 1) >= limit->packets ||
+		    __sync_fetch_and_add(&now->bytes, bytes) >= limit->bytes)
+			return 0;
+	}
+	return 1;
+}
+
+// A global function is verified once, not on each of the paths that lead to it.
+__attribute__((noinline)) int judge(struct __sk_buff *skb, __u32 transport,
+				    __u8 protocol)
+{
+	struct port_owners *port;
+	struct modes *mode;
+	__u32 key, zero = 0, quiet, holding, dropping;
+	__u16 destination;
+
+	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP)
+		return PASS;
+	if (load_bytes(skb, transport + 2, &destination, 2))
+		return PASS;
+	key = (__u32)protocol << 16 | net16(destination);
+	port = map_lookup(&ports, &key);
+	if (!port)
+		return PASS;
+	count_activity(port->activity);
+	mode = map_lookup(&modes, &zero);
+	if (!mode)
+		return PASS;
+	quiet = port->ignored | port->shadow;
+	holding = port->activity & mode->holding;
+	dropping = (port->activity & mode->dropping) |
+		   (quiet & (mode->holding | mode->dropping));
+
+	// A packet that must not reach one owner's absent socket may not pass
+	// for the sake of another: it would be answered with a reset.
+	if (dropping) {
+		__u8 flags;
+
+		if (!(dropping & ~port->shadow) && protocol == IPPROTO_TCP &&
+		    !load_bytes(skb, transport + 13, &flags, 1) &&
+		    (flags & 0x17) == 0x02) // SYN without FIN, RST or ACK
+			return PASS;
+		count_dropped(dropping);
+		return TC_ACT_SHOT;
+	}
+	if (holding) {
+		// Marked already: it came through a bridge or VLAN device of
+		// this namespace and was counted at the lower one.
+		if ((skb->mark & MARK_MASK) == MARK && skb->mark != MARK)
+			return PASS;
+		if (!admit(holding, skb->len)) {
+			count_dropped(holding);
+			return TC_ACT_SHOT;
+		}
+		count_held(holding);
+		skb->mark = MARK | port->activity;
+	}
+	return PASS;
+}
+
+inline_always int parse_ipv4(struct __sk_buff *skb, __u32 network)
+{
+	struct iphdr ip;
+
+	if (load_bytes(skb, network, &ip, sizeof(ip)))
+		return PASS;
+	// Later fragments carry no ports. They wait for the first one in the
+	// reassembly queue, so holding that one holds the datagram.
+	if (ip.ihl < 5 || net16(ip.frag_off) & 0x1fff)
+		return PASS;
+	return judge(skb, network + ip.ihl * 4u, ip.protocol);
+}
+
+inline_always int parse_ipv6(struct __sk_buff *skb, __u32 network)
+{
+	struct ipv6hdr ip;
+	__u32 offset = network + sizeof(ip);
+	__u8 next;
+
+	if (load_bytes(skb, network, &ip, sizeof(ip)))
+		return PASS;
+	next = ip.nexthdr;
+	for (int i = 0; i < MAX_EXTENSIONS; i++) {
+		__u8 extension[4];
+
+		switch (next) {
+		case IPPROTO_HOPOPTS:
+		case IPPROTO_ROUTING:
+		case IPPROTO_DSTOPTS:
+		case IPPROTO_MH:
+		case IPPROTO_AH:
+		case IPPROTO_FRAGMENT:
+			break;
+		default:
+			return judge(skb, offset, next);
+		}
+		if (load_bytes(skb, offset, extension, sizeof(extension)))
+			return PASS;
+		if (next == IPPROTO_FRAGMENT) {
+			if ((extension[2] << 8 | extension[3]) & 0xfff8)
+				return PASS;
+			offset += 8;
+		} else if (next == IPPROTO_AH) {
+			offset += (extension[1] + 2u) * 4;
+		} else {
+			offset += (extension[1] + 1u) * 8;
+		}
+		next = extension[0];
+	}
+	return PASS;
+}
+
+inline_always int parse_network(struct __sk_buff *skb, __u32 offset, __u16 type)
+{
+	if (skb->pkt_type == PACKET_OTHERHOST) // never delivered here
+		return PASS;
+	if (type == ETH_P_IP)
+		return parse_ipv4(skb, offset);
+	if (type == ETH_P_IPV6)
+		return parse_ipv6(skb, offset);
+	return PASS;
+}
+
+// Interfaces with an Ethernet header: veth, lo, bridges.
+SEC("tc") int gate_ethernet(struct __sk_buff *skb)
+{
+	__u32 offset = ETH_HLEN;
+	__u16 type;
+
+	if (load_bytes(skb, 12, &type, 2))
+		return PASS;
+	type = net16(type);
+	if (type == ETH_P_8021Q || type == ETH_P_8021AD) {
+		if (load_bytes(skb, 16, &type, 2))
+			return PASS;
+		type = net16(type);
+		offset += 4;
+	}
+	return parse_network(skb, offset, type);
+}
+
+// Interfaces without a link-layer header: tun, WireGuard, IP tunnels.
+SEC("tc") int gate_raw(struct __sk_buff *skb)
+{
+	return parse_network(skb, 0, net16((__u16)skb->protocol));
+}
+
+// No helper above is reserved for GPL programs.
+char _license[] SEC("license") = "Apache-2.0";

@@ -1,0 +1,723 @@
+/* Tests of the pager with real processes: a keeper that restores programs from a handwritten checkpoint and
+ * kills its pagers, at random and at each instant that the pager's records distinguish.
+ *
+ * Why it exists: the pager's promise (no page lost, none stale, whatever dies) is about the kernel's
+ * userfaultfd as much as about the pager; only real processes show it. The programs check every byte.
+ *
+ * Who calls it: tests/unit/test_pager.py, one scenario a run, in an empty directory that it becomes:
+ *   pager_test DIRECTORY SCENARIO [ARGUMENTS]
+ * Status: 0 passed, 77 not possible here (the reason is on stdout), else failed. By hand, with a real CRIU:
+ *   pager_test DIRECTORY serve [KILLS] -- criu restore --lazy-pages ...   (DIRECTORY has the images)
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "../pager_shared.h"
+#include "../pager_tasks.h"
+#include "../uffd.h"
+#include "program.h"
+
+enum { NOT_POSSIBLE = 77, DEADLINE_MS = 60000 };
+enum { PUPPET_PAGES = 512 };
+
+static pid_t pager;
+static int images;
+
+/* ---- keeper --------------------------------------------------------------------------------------- */
+
+static void fail_with_status(const char *what)
+{
+	const struct pager_status *status = pager_status();
+
+	fprintf(stderr, "%s: state %u error %d tasks %u deaths %u total %lu left %lu faults %lu events %u "
+		"settled %u\n", what, status->state, status->error, status->tasks, status->deaths,
+		(unsigned long)status->pages_total, (unsigned long)status->pages_left,
+		(unsigned long)status->faults, shared->event_count, shared->settled);
+	_exit(1);
+}
+
+static void begin_keeping(void)
+{
+	images = open(".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	CHECK(images >= 0);
+	CHECK(!pager_init());
+	CHECK((pager = pager_spawn()) > 0);
+}
+
+static void kill_pager(void)
+{
+	int status;
+
+	CHECK(!kill(pager, SIGKILL));
+	CHECK(waitpid(pager, &status, 0) == pager);
+	pager_reaped(status);
+}
+
+static void succeed_pager(void)
+{
+	CHECK((pager = pager_spawn()) > 0);
+}
+
+/* Waits for a change of the pager's, or its end, which it answers with a successor. */
+static void hear_pager(int milliseconds)
+{
+	struct pollfd fd = { pager_fd(), POLLIN, 0 };
+	int status;
+
+	poll(&fd, 1, milliseconds);
+	pager_acknowledge();
+	if (waitpid(pager, &status, WNOHANG) == pager) {
+		pager_reaped(status);
+		succeed_pager();
+	}
+}
+
+static int settled_orders(void)
+{
+	return pager_status()->orders_done == pager_status()->orders_given;
+}
+
+static void wait_for(enum pager_state wanted)
+{
+	uint64_t end = monotonic_ns() + DEADLINE_MS * 1000000ULL;
+
+	while (!settled_orders() || pager_status()->state != wanted) {
+		if (monotonic_ns() > end) {
+			fprintf(stderr, "wanted state %d: ", wanted);
+			fail_with_status("not reached");
+		}
+		hear_pager(100);
+	}
+}
+
+static void arm(void)
+{
+	CHECK(!pager_arm(images));
+	wait_for(PAGER_ARMED);
+}
+
+/* The keeper's descriptors must be those it had: a pager leaves nothing open behind. */
+static unsigned open_descriptors(void)
+{
+	unsigned count = 0;
+
+	for (int fd = 0; fd < 1024; fd++)
+		count += fcntl(fd, F_GETFD) >= 0;
+	return count;
+}
+
+static void end_keeping(unsigned descriptors)
+{
+	CHECK(!pager_disarm());
+	wait_for(PAGER_IDLE);
+	for (int fd = 0; fd < 1024; fd++)
+		CHECK(!uffd_is_one(fd));
+	CHECK(open_descriptors() == descriptors);
+	kill_pager();
+}
+
+/* Starts this program again as CRIU's side: restore_main has the arguments' meaning. */
+static pid_t start_restore(const char *programs, const char *threads, const char *steps, const char *seed,
+			   const char *pages, const char *end, int input, int output)
+{
+	pid_t pid = fork();
+
+	CHECK(pid >= 0);
+	if (pid)
+		return pid;
+	setpgid(0, 0);
+	if (input >= 0)
+		CHECK(dup2(input, 0) == 0 && dup2(output, 1) == 1);
+	execl("/proc/self/exe", "pager_test", "restore", programs, threads, steps, seed, pages, end, NULL);
+	_exit(126);
+}
+
+static void make_images(unsigned programs, unsigned seed, uint32_t pages)
+{
+	for (unsigned i = 0; i < programs; i++) {
+		struct layout layout = make_layout(pages, i, seed);
+
+		write_images(&layout, i);
+		free(layout.number);
+		free(layout.kind);
+	}
+}
+
+/* ---- random deaths -------------------------------------------------------------------------------- */
+
+static void sleep_until_killed(uint64_t *random, unsigned most_us)
+{
+	struct timespec pause = { 0, (long)next_random(random, most_us) * 1000 };
+
+	nanosleep(&pause, NULL);
+}
+
+/* Kills pagers at random instants while the programs run; then lets one finish. */
+static void kill_many(unsigned kills, unsigned seed)
+{
+	uint64_t random = seed ^ 0x5ca1ab1e;
+
+	for (; kills && pager_status()->state != PAGER_DONE; kills--) {
+		sleep_until_killed(&random, next_random(&random, 2) ? 3000 : 300);
+		kill_pager();
+		if (!next_random(&random, 4))
+			sleep_until_killed(&random, 3000);
+		succeed_pager();
+		/* Five deaths too fast for any progress are allowed to stall it; not to lose anything. */
+		if (pager_status()->state == PAGER_STALLED)
+			CHECK(!pager_arm(images));
+	}
+	if (!kills)
+		return;
+	printf("all in before the last %u kills\n", kills);
+}
+
+/* churn SEED KILLS PROGRAMS THREADS STEPS PAGES */
+static void churn(char **argument)
+{
+	unsigned seed = (unsigned)atoi(argument[0]), kills = (unsigned)atoi(argument[1]), descriptors;
+	int status;
+	pid_t restore;
+
+	make_images((unsigned)atoi(argument[2]), seed, (uint32_t)atoi(argument[5]));
+	begin_keeping();
+	descriptors = open_descriptors();
+	arm();
+	restore = start_restore(argument[2], argument[3], argument[4], argument[0], argument[5], "finish", -1,
+				-1);
+	kill_many(kills, seed);
+	wait_for(PAGER_DONE);
+	CHECK(waitpid(restore, &status, 0) == restore);
+	CHECK(!status);
+	printf("%lu faults, %lu pages left, %.1f ms\n", (unsigned long)pager_status()->faults,
+	       (unsigned long)pager_status()->pages_left,
+	       (double)(pager_status()->t_done_ns - pager_status()->t_running_ns) / 1e6);
+	end_keeping(descriptors);
+}
+
+/* ---- deaths at each instant ----------------------------------------------------------------------- */
+
+/* What the dead pager had done when it was killed, in the order it does it. */
+enum instant { ACCEPTED, CONNECTED, PID_RECEIVED, FD_RECEIVED, ADOPTED, LAST_WORD, FILLING, INSTANTS };
+
+static int to_puppet, from_puppet;
+
+static pid_t start_puppet(const char *seed)
+{
+	int commands[2], answers[2];
+	char pages[16];
+	pid_t pid;
+
+	CHECK(!pipe2(commands, O_CLOEXEC) && !pipe2(answers, O_CLOEXEC));
+	snprintf(pages, sizeof pages, "%d", PUPPET_PAGES);
+	pid = start_restore("1", "0", "0", seed, pages, "finish", commands[0], answers[1]);
+	close(commands[0]);
+	close(answers[1]);
+	to_puppet = commands[1];
+	from_puppet = answers[0];
+	return pid;
+}
+
+static void tell(char what, uint32_t a, uint32_t b)
+{
+	struct command command = { what, a, b };
+
+	CHECK(write(to_puppet, &command, sizeof command) == sizeof command);
+}
+
+static void expect_answer(void)
+{
+	struct pollfd fd = { from_puppet, POLLIN, 0 };
+	char answer = 0;
+
+	if (poll(&fd, 1, 10000) != 1)
+		fail_with_status("the program waits for ever");
+	CHECK(read(from_puppet, &answer, 1) == 1);
+	CHECK(answer == 1);
+}
+
+static void ask(char what, uint32_t a, uint32_t b)
+{
+	tell(what, a, b);
+	expect_answer();
+}
+
+static void wait_readable(int fd)
+{
+	struct pollfd wait = { fd, POLLIN, 0 };
+
+	CHECK(poll(&wait, 1, 10000) == 1);
+}
+
+/* Does with CRIU's messages what a pager does, up to `last`, without recording more than it would have. */
+static void play_restore(enum instant last)
+{
+	struct greeting *greeting = &shared->greeting;
+	struct iovec byte = { &greeting->byte, 1 };
+	struct msghdr message = { .msg_iov = &byte, .msg_iovlen = 1, .msg_control = greeting->control,
+				  .msg_controllen = sizeof greeting->control };
+	int connection, fd;
+
+	wait_readable(shared->listener);
+	CHECK((connection = accept4(shared->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0);
+	if (last == ACCEPTED)
+		return;
+	shared->connection = connection;
+	close(shared->listener);
+	shared->listener = -1;
+	shared->status.state = PAGER_RESTORING;
+	if (last == CONNECTED)
+		return;
+	wait_readable(connection);
+	CHECK(recv(connection, &greeting->pid, 4, 0) == 4);
+	if (last == PID_RECEIVED)
+		return;
+	wait_readable(connection);
+	CHECK(recvmsg(connection, &message, MSG_CMSG_CLOEXEC) == 1);
+	if (last == FD_RECEIVED)
+		return;
+	memcpy(&fd, CMSG_DATA((struct cmsghdr *)greeting->control), sizeof fd);
+	shared->tasks[0] = (struct task_record){ greeting->pid, fd, TASK_OPEN };
+	shared->task_count = 1;
+	if (last == ADOPTED)
+		return;
+	memset(greeting, 0, sizeof *greeting);
+	for (int32_t word = 0; word != FINISHED;) {
+		wait_readable(connection);
+		CHECK(recv(connection, &word, 4, 0) == 4);
+		greeting->pid = word;
+	}
+	if (last == LAST_WORD)
+		return;
+	shared->status.t_running_ns = monotonic_ns();
+	shared->status.state = PAGER_FILLING;
+	memset(greeting, 0, sizeof *greeting);
+	close(connection);
+	shared->connection = -1;
+}
+
+struct fixture {
+	struct layout layout;
+	unsigned descriptors;
+	pid_t restore;
+	uint32_t lazy, other; /* two lazy pages, far from each other and from all else */
+};
+
+/* An armed keeper whose pager is dead, and a puppet whose restore has come to `last`. */
+static struct fixture set_up(enum instant last)
+{
+	struct fixture fixture = { .layout = make_layout(PUPPET_PAGES, 0, 1) };
+
+	make_images(1, 1, PUPPET_PAGES);
+	begin_keeping();
+	fixture.descriptors = open_descriptors();
+	arm();
+	kill_pager();
+	fixture.restore = start_puppet("1");
+	play_restore(last);
+	while (fixture.layout.kind[fixture.lazy] != 1)
+		fixture.lazy++;
+	fixture.other = PUPPET_PAGES - 1;
+	while (fixture.layout.kind[fixture.other] != 1)
+		fixture.other--;
+	return fixture;
+}
+
+static void tear_down(struct fixture *fixture)
+{
+	int status;
+
+	close(to_puppet);
+	CHECK(waitpid(fixture->restore, &status, 0) == fixture->restore && !status);
+	close(from_puppet);
+	end_keeping(fixture->descriptors);
+}
+
+static void expect_page(const struct fixture *fixture, uint32_t page)
+{
+	ask('r', page, fixture->layout.number[page]);
+}
+
+/* CRIU's messages: each instant of taking them in. */
+static void greeting_instants(void)
+{
+	for (int last = ACCEPTED; last < INSTANTS; last++) {
+		struct fixture fixture = set_up((enum instant)last);
+
+		succeed_pager();
+		expect_page(&fixture, fixture.lazy);
+		wait_for(PAGER_DONE);
+		for (uint32_t page = 0; page < PUPPET_PAGES; page++)
+			expect_page(&fixture, page);
+		tear_down(&fixture);
+	}
+}
+
+/* The instants of an event: waiting; read, not counted; counted, not acted upon. */
+enum { UNREAD, READ, COUNTED, EVENT_INSTANTS };
+
+static void play_event(int instant)
+{
+	struct event_record *event = &shared->events[shared->event_count];
+
+	wait_readable(shared->tasks[0].fd);
+	if (instant == UNREAD)
+		return;
+	event->task = 0;
+	CHECK(read(shared->tasks[0].fd, &event->msg, sizeof event->msg) == sizeof event->msg);
+	shared->event_count += instant == COUNTED;
+}
+
+/* Places the page as the dead pager had before the event. */
+static void place_page(const struct fixture *fixture, uint32_t page)
+{
+	unsigned char bytes[PAGE];
+
+	fill_page(bytes, fixture->layout.number[page]);
+	CHECK(uffd_copy(shared->tasks[0].fd, MEMORY + (uint64_t)page * PAGE, bytes, PAGE) == PAGE);
+}
+
+static void event_fault(struct fixture *fixture, int instant)
+{
+	tell('r', fixture->lazy, fixture->layout.number[fixture->lazy]);
+	play_event(instant);
+	succeed_pager();
+	expect_answer();
+}
+
+static void event_remove(struct fixture *fixture, int instant)
+{
+	tell('d', fixture->lazy, 0);
+	play_event(instant);
+	succeed_pager();
+	expect_answer();
+	ask('r', fixture->lazy, 0);
+	fixture->layout.number[fixture->lazy] = 0;
+}
+
+/* The page was in: the successor must not take it for one that is still missing. */
+static void event_remove_placed(struct fixture *fixture, int instant)
+{
+	place_page(fixture, fixture->lazy);
+	expect_page(fixture, fixture->lazy);
+	event_remove(fixture, instant);
+}
+
+static void event_unmap(struct fixture *fixture, int instant)
+{
+	tell('u', fixture->lazy, 0);
+	play_event(instant);
+	succeed_pager();
+	expect_answer();
+	/* Moved into the hole: what was there must not come back over it. */
+	ask('m', fixture->other, fixture->lazy);
+	ask('r', fixture->lazy, fixture->layout.number[fixture->other]);
+	fixture->layout.number[fixture->lazy] = fixture->layout.number[fixture->other];
+	fixture->layout.pages = fixture->other;
+}
+
+static void event_remap(struct fixture *fixture, int instant)
+{
+	uint32_t target = PUPPET_PAGES + 7;
+
+	tell('m', fixture->lazy, target);
+	play_event(instant);
+	succeed_pager();
+	expect_answer();
+	ask('r', target, fixture->layout.number[fixture->lazy]);
+	ask('m', target, fixture->lazy);
+}
+
+static void event_fork(struct fixture *fixture, int instant)
+{
+	tell('f', fixture->other, fixture->layout.number[fixture->other]);
+	play_event(instant);
+	succeed_pager();
+	expect_answer();
+}
+
+static void fork_half_recorded(struct fixture *fixture, int instant)
+{
+	if (instant != COUNTED) {
+		event_fork(fixture, instant);
+		return;
+	}
+	tell('f', fixture->other, fixture->layout.number[fixture->other]);
+	play_event(instant);
+	shared->tasks[1] = (struct task_record){ 0, (int)shared->events[0].msg.arg.fork.ufd, TASK_OPEN };
+	shared->events[0].child = 2;
+	succeed_pager();
+	expect_answer();
+}
+
+static void (*const events[])(struct fixture *, int) = {
+	event_fault, event_remove, event_remove_placed, event_unmap, event_remap, event_fork,
+	fork_half_recorded,
+};
+
+static void event_instants(void)
+{
+	for (unsigned i = 0; i < sizeof events / sizeof *events; i++)
+		for (int instant = UNREAD; instant < EVENT_INSTANTS; instant++) {
+			struct fixture fixture = set_up(FILLING);
+
+			events[i](&fixture, instant);
+			wait_for(PAGER_DONE);
+			for (uint32_t page = 0; page < fixture.layout.pages; page++)
+				expect_page(&fixture, page);
+			tear_down(&fixture);
+		}
+}
+
+/* A number that the pager was about to close when it was killed, and that is another file's by now. */
+static void closing_instants(void)
+{
+	struct fixture fixture = set_up(FILLING);
+	int other[2];
+
+	CHECK(!pipe2(other, O_CLOEXEC));
+	shared->tasks[1] = (struct task_record){ 0, other[0], TASK_CLOSING };
+	shared->tasks[2] = (struct task_record){ 0, shared->tasks[0].fd, TASK_CLOSING };
+	shared->task_count = 3;
+	succeed_pager();
+	wait_for(PAGER_DONE);
+	CHECK(!close(other[0]) && !close(other[1]));
+	for (uint32_t page = 0; page < PUPPET_PAGES; page++)
+		expect_page(&fixture, page);
+	tear_down(&fixture);
+}
+
+/* ---- damaged images, and restores that fail ------------------------------------------------------- */
+
+static void expect_failure(int error)
+{
+	CHECK(!pager_arm(images));
+	wait_for(PAGER_FAILED);
+	CHECK(pager_status()->error == error);
+}
+
+static void refused(void)
+{
+	struct stat file;
+
+	begin_keeping();
+	expect_failure(ENOENT);
+	make_images(2, 1, PUPPET_PAGES);
+	CHECK(!stat("pages-2.img", &file));
+	CHECK(!truncate("pages-2.img", file.st_size - 1));
+	expect_failure(ENODATA);
+	CHECK(!unlink("pages-2.img"));
+	expect_failure(ENOENT);
+	make_images(2, 1, PUPPET_PAGES);
+	CHECK(!truncate("pagemap-4243.img", 25));
+	expect_failure(EBADMSG);
+	CHECK(!truncate("pagemap-4243.img", 4));
+	expect_failure(EBADMSG);
+	make_images(2, 1, PUPPET_PAGES);
+	arm();
+	/* Nobody survives loading this one, as it were: five deaths, and the keeper is told. */
+	CHECK(!pager_disarm());
+	wait_for(PAGER_IDLE);
+	kill_pager();
+	CHECK(!pager_arm(images));
+	for (int i = 0; i < 5; i++)
+		pager_reaped(SIGKILL);
+	CHECK(pager_status()->state == PAGER_FAILED && settled_orders());
+	succeed_pager();
+	arm();
+	kill_pager();
+}
+
+/* A part of the image cannot be read: everything else comes, the reader of that part waits, and gets the
+ * right bytes once the image is whole again. */
+static void damaged(void)
+{
+	struct fixture fixture = set_up(FILLING);
+	struct pollfd answer = { from_puppet, POLLIN, 0 };
+	struct stat file;
+
+	CHECK(!stat("pages-1.img", &file));
+	tell('r', fixture.other, fixture.layout.number[fixture.other]);
+	wait_readable(shared->tasks[0].fd);
+	succeed_pager();
+	expect_answer();
+	/* Cut while it is mapped: reading beyond the end fails as reading a bad disk does. */
+	CHECK(!truncate("pages-1.img", file.st_size / 2 / PAGE * PAGE));
+	wait_for(PAGER_STALLED);
+	CHECK(pager_status()->pages_left > 0);
+	for (uint32_t page = 0; page < PUPPET_PAGES / 4; page++)
+		expect_page(&fixture, page);
+	tell('r', PUPPET_PAGES * 3 / 4, fixture.layout.number[PUPPET_PAGES * 3 / 4]);
+	CHECK(!poll(&answer, 1, 300));
+	kill_pager();
+	succeed_pager();
+	CHECK(!poll(&answer, 1, 100));
+	make_images(1, 1, PUPPET_PAGES);
+	CHECK(!pager_arm(images));
+	expect_answer();
+	wait_for(PAGER_DONE);
+	for (uint32_t page = 0; page < PUPPET_PAGES; page++)
+		expect_page(&fixture, page);
+	tear_down(&fixture);
+}
+
+/* CRIU ends before the processes run. */
+static void given_up(void)
+{
+	unsigned descriptors;
+	pid_t restore;
+
+	make_images(2, 1, PUPPET_PAGES);
+	begin_keeping();
+	descriptors = open_descriptors();
+	arm();
+	restore = start_restore("2", "1", "10", "1", "512", "give-up", -1, -1);
+	wait_for(PAGER_FAILED);
+	CHECK(pager_status()->error == ECONNRESET);
+	/* The processes are still there: nothing may be let go until they have ended. */
+	CHECK(!pager_disarm());
+	hear_pager(50);
+	CHECK(!settled_orders() && pager_status()->tasks == 2);
+	CHECK(!kill(-restore, SIGKILL));
+	CHECK(waitpid(restore, NULL, 0) == restore);
+	wait_for(PAGER_IDLE);
+	arm();
+	end_keeping(descriptors);
+}
+
+/* The programs are killed before their pages are in. */
+static void killed_programs(void)
+{
+	struct fixture fixture = set_up(FILLING);
+
+	CHECK(!kill(-fixture.restore, SIGKILL));
+	CHECK(waitpid(fixture.restore, NULL, 0) == fixture.restore);
+	succeed_pager();
+	wait_for(PAGER_DONE);
+	CHECK(!pager_disarm());
+	wait_for(PAGER_IDLE);
+	kill_pager();
+}
+
+/* ---- a real restore, by hand ---------------------------------------------------------------------- */
+
+static void print_memory(const char *when)
+{
+	char name[64], line[256];
+	FILE *file;
+
+	snprintf(name, sizeof name, "/proc/%d/smaps_rollup", pager);
+	file = fopen(name, "r");
+	printf("%s:", when);
+	while (file && fgets(line, sizeof line, file))
+		if (!strncmp(line, "Rss:", 4) || !strncmp(line, "Pss:", 4) || !strncmp(line, "Private_D", 9)) {
+			line[strcspn(line, "\n")] = 0;
+			printf(" %s", line);
+		}
+	printf("\n");
+	if (file)
+		fclose(file);
+}
+
+static double milliseconds_since(uint64_t start)
+{
+	return (double)(monotonic_ns() - start) / 1e6;
+}
+
+/* serve [KILLS] -- COMMAND: pager for the images here; prints the figures. */
+static void serve(char **argument)
+{
+	unsigned kills = strcmp(*argument, "--") ? (unsigned)atoi(*argument++) : 0;
+	const struct pager_status *status;
+	uint64_t start;
+	pid_t restore;
+	int result;
+
+	begin_keeping();
+	start = monotonic_ns();
+	arm();
+	printf("armed after %.2f ms\n", milliseconds_since(start));
+	print_memory("armed");
+	fflush(stdout);
+	start = monotonic_ns();
+	restore = fork();
+	CHECK(restore >= 0);
+	if (!restore) {
+		execvp(argument[1], argument + 1);
+		_exit(126);
+	}
+	kill_many(kills, 1);
+	CHECK(waitpid(restore, &result, 0) == restore);
+	printf("restore command ended with status %d after %.1f ms\n", result, milliseconds_since(start));
+	fflush(stdout);
+	wait_for(PAGER_DONE);
+	status = pager_status();
+	printf("processes ran %.1f ms after the start; all pages in %.1f ms later; %lu pages, %lu faults\n",
+	       (double)(status->t_running_ns - start) / 1e6,
+	       (double)(status->t_done_ns - status->t_running_ns) / 1e6, (unsigned long)status->pages_total,
+	       (unsigned long)status->faults);
+	print_memory("done");
+	kill_pager();
+}
+
+/* ---- main ----------------------------------------------------------------------------------------- */
+
+static void probe(void)
+{
+	struct uffdio_api api = { .api = UFFD_API,
+				  .features = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP };
+	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+
+	if (fd >= 0 && !ioctl(fd, UFFDIO_API, &api)) {
+		close(fd);
+		return;
+	}
+	printf("userfaultfd with fork events: %s\n", strerror(errno));
+	exit(NOT_POSSIBLE);
+}
+
+int main(int argc, char **argv)
+{
+	const char *scenario = argc > 2 ? argv[2] : "";
+
+	if (argc > 1 && !strcmp(argv[1], "restore"))
+		return restore_main(argc - 1, argv + 1);
+	if (argc < 3 || chdir(argv[1]))
+		return 2;
+	probe();
+	if (!strcmp(scenario, "churn") && argc == 9)
+		churn(argv + 3);
+	else if (!strcmp(scenario, "greeting"))
+		greeting_instants();
+	else if (!strcmp(scenario, "events"))
+		event_instants();
+	else if (!strcmp(scenario, "closing"))
+		closing_instants();
+	else if (!strcmp(scenario, "refused"))
+		refused();
+	else if (!strcmp(scenario, "damaged"))
+		damaged();
+	else if (!strcmp(scenario, "given-up"))
+		given_up();
+	else if (!strcmp(scenario, "killed"))
+		killed_programs();
+	else if (!strcmp(scenario, "serve") && argc > 3)
+		serve(argv + 3);
+	else
+		return 2;
+	return 0;
+}

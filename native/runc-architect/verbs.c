@@ -1,0 +1,381 @@
+/* What each OCI verb means for a managed container, awake or hibernated. Called by main.c.
+ *
+ * With the daemon away: create asks architect-admit instead (the same decision, a process of its own);
+ * state, kill and delete need only the keeper; exec and pause need the daemon only if the container is
+ * hibernated, and then fail with a message that says so.
+ */
+#define _GNU_SOURCE
+#include "verbs.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "../common/control.h"
+#include "peers.h"
+
+#define MANAGED_ANNOTATION "architect.loopholelabs.io/managed-containers"
+#define KEEPER LIBEXEC_DIR "/keeper"
+#define ADMIT LIBEXEC_DIR "/architect-admit"
+
+static const char *runc_path(void)
+{
+	static const char *const places[] = { "/usr/bin/runc", "/usr/sbin/runc", "/usr/local/bin/runc",
+					      "/usr/local/sbin/runc", NULL };
+
+	for (const char *const *place = places; *place; place++)
+		if (!access(*place, X_OK))
+			return *place;
+	return "runc";
+}
+
+/* One line for the engine, where it looks for it: stderr, and runc's JSON log if one was asked for. */
+static int fail(const struct command *command, const char *text)
+{
+	FILE *log = command->log ? fopen(command->log, "ae") : NULL;
+	struct timespec now;
+	struct tm utc;
+	char stamp[32];
+
+	fprintf(stderr, "runc-architect: %s\n", text);
+	if (!log)
+		return 1;
+	clock_gettime(CLOCK_REALTIME, &now);
+	gmtime_r(&now.tv_sec, &utc);
+	strftime(stamp, sizeof stamp, "%Y-%m-%dT%H:%M:%SZ", &utc);
+	fputs("{\"level\":\"error\",\"msg\":\"", log);
+	for (; *text; text++) {
+		if (*text == '"' || *text == '\\')
+			fputc('\\', log);
+		fputc((unsigned char)*text < 0x20 ? ' ' : *text, log);
+	}
+	fprintf(log, "\",\"time\":\"%s\"}\n", stamp);
+	fclose(log);
+	return 1;
+}
+
+_Noreturn void become_runc(const struct command *command)
+{
+	execvp(runc_path(), command->argv);
+	fprintf(stderr, "runc-architect: cannot start runc: %s; install the package runc\n", strerror(errno));
+	_exit(1);
+}
+
+/* Runs runc with the same arguments and returns its exit status. */
+static int run_runc(const struct command *command)
+{
+	pid_t child = fork();
+	int status;
+
+	if (!child)
+		become_runc(command);
+	while (waitpid(child, &status, 0) < 0)
+		if (errno != EINTR)
+			return 1;
+	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+/* Tells the daemon of something that has happened; it finds out by itself if it is away now. */
+static void tell(const char *verb, const char *id, int pid)
+{
+	char reply[MESSAGE_MAX];
+	int fd = daemon_ask(&(struct request){ .verb = verb, .id = id, .pid = pid }, reply, sizeof reply);
+
+	if (fd >= 0)
+		close(fd);
+}
+
+static int phase_is(const char *status, const char *phase)
+{
+	const char *at = strstr(status, "phase=");
+
+	return at && !strncmp(at + 6, phase, strlen(phase)) && at[6 + strlen(phase)] == ' ';
+}
+
+static int status_value(const char *status, const char *key)
+{
+	const char *at = strstr(status, key);
+
+	return at ? atoi(at + strlen(key)) : 0;
+}
+
+/* ---- create ------------------------------------------------------------------------------------- */
+
+static int bundle_mentions_us(const char *bundle)
+{
+	char path[MESSAGE_MAX];
+	struct stat file;
+	void *text;
+	int fd, found = 0;
+
+	snprintf(path, sizeof path, "%s/config.json", bundle);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 0;
+	if (!fstat(fd, &file) && file.st_size) {
+		text = mmap(NULL, file.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+		found = text != MAP_FAILED &&
+			memmem(text, file.st_size, MANAGED_ANNOTATION, strlen(MANAGED_ANNOTATION)) != NULL;
+	}
+	close(fd);
+	return found;
+}
+
+/* Asks architect-admit, the daemon's decision as a program of its own. */
+static int admit_alone(const struct request *request, char *reply, size_t room)
+{
+	char engine[16];
+	int output[2], status;
+	ssize_t got;
+	size_t have = 0;
+	pid_t child;
+
+	if (pipe2(output, O_CLOEXEC) || (child = fork()) < 0)
+		return -1;
+	if (!child) {
+		dup2(output[1], STDOUT_FILENO);
+		snprintf(engine, sizeof engine, "%d", request->pid);
+		execl(ADMIT, ADMIT, request->id, request->bundle, request->root, engine, NULL);
+		_exit(127);
+	}
+	close(output[1]);
+	while (have + 1 < room && (got = read(output[0], reply + have, room - have - 1)) > 0)
+		have += got;
+	close(output[0]);
+	reply[have] = 0;
+	reply[strcspn(reply, "\n")] = 0;
+	waitpid(child, &status, 0);
+	return have && WIFEXITED(status) && WEXITSTATUS(status) == 0 ? 0 : -1;
+}
+
+/* Starts the keeper, which runs runc create. Returns its pid, or 0 if the create failed. */
+static pid_t start_keeper(const struct command *command)
+{
+	char directory[MESSAGE_MAX], pid_file[MESSAGE_MAX + 16], ready[16], **argv;
+	int pair[2], count = 0, code_read;
+	char code = 1;
+	pid_t keeper;
+
+	snprintf(directory, sizeof directory, CONTAINERS_DIR "/%s", command->id);
+	snprintf(pid_file, sizeof pid_file, "%s/init.pid", directory);
+	argv = calloc(command->argc + 8, sizeof *argv);
+	if (!argv || pipe2(pair, 0))
+		return 0;
+	snprintf(ready, sizeof ready, "%d", pair[1]);
+	argv[count++] = KEEPER;
+	argv[count++] = directory;
+	argv[count++] = ready;
+	argv[count++] = "--";
+	argv[count++] = (char *)runc_path();
+	for (int at = 1; at < command->argc; at++) {
+		argv[count++] = command->argv[at];
+		if (command->argv[at] == command->pid_file)
+			argv[count - 1] = pid_file;
+	}
+	keeper = fork();
+	if (!keeper) {
+		close(pair[0]);
+		execv(argv[0], argv);
+		_exit(127);
+	}
+	close(pair[1]);
+	do
+		code_read = read(pair[0], &code, 1);
+	while (code_read < 0 && errno == EINTR);
+	close(pair[0]);
+	free(argv);
+	return keeper > 0 && code_read == 1 && !code ? keeper : 0;
+}
+
+static int write_pid_file(const char *path, pid_t pid)
+{
+	FILE *file = fopen(path, "we");
+
+	if (!file)
+		return -1;
+	fprintf(file, "%d", pid);
+	return fclose(file);
+}
+
+int verb_create(const struct command *command)
+{
+	char reply[MESSAGE_MAX], bundle[MESSAGE_MAX];
+	struct request request = {
+		.verb = "create", .id = command->id, .root = command->root, .pid = getppid()
+	};
+	pid_t keeper;
+	int connection;
+
+	if (!bundle_mentions_us(command->bundle) || !command->pid_file)
+		become_runc(command);
+	if (!realpath(command->bundle, bundle))
+		return fail(command, "the bundle's path cannot be resolved");
+	request.bundle = bundle;
+	connection = daemon_ask(&request, reply, sizeof reply);
+	if (connection >= 0)
+		close(connection);
+	else if (admit_alone(&request, reply, sizeof reply))
+		return fail(command, "cannot decide whether the container is managed: neither architectd nor "
+				     "architect-admit answers; run `architect check`");
+	if (!strncmp(reply, "error ", 6))
+		return fail(command, reply + 6);
+	if (strcmp(reply, "ok managed"))
+		become_runc(command);
+	keeper = start_keeper(command);
+	if (!keeper) {
+		tell("deleted", command->id, 0);
+		/* runc has written its own reason to the log that the engine gave it. */
+		return 1;
+	}
+	if (write_pid_file(command->pid_file, keeper)) {
+		kill(keeper, SIGKILL);
+		return fail(command, "the pid file cannot be written");
+	}
+	tell("created", command->id, keeper);
+	return 0;
+}
+
+/* ---- the other verbs ---------------------------------------------------------------------------- */
+
+int verb_start(const struct command *command)
+{
+	int keeper = keeper_connect(command->id), code;
+
+	if (keeper < 0)
+		become_runc(command);
+	close(keeper);
+	code = run_runc(command);
+	if (!code)
+		tell("started", command->id, 0);
+	return code;
+}
+
+/* Has the container woken if need be, then lets runc take over with the connection left open: it keeps
+ * the container awake until runc is done with it. */
+static int awake_then_runc(const struct command *command, const char *verb)
+{
+	char reply[MESSAGE_MAX];
+	int keeper = keeper_connect(command->id), connection;
+
+	if (keeper < 0)
+		become_runc(command);
+	connection = daemon_ask(&(struct request){ .verb = verb, .id = command->id }, reply, sizeof reply);
+	if (connection >= 0) {
+		if (!strncmp(reply, "error ", 6))
+			return fail(command, reply + 6);
+		fcntl(connection, F_SETFD, 0);
+		close(keeper);
+		become_runc(command);
+	}
+	if (!keeper_ask(keeper, "status", reply, sizeof reply) && phase_is(reply, "running")) {
+		close(keeper);
+		become_runc(command);
+	}
+	return fail(command, "the container is hibernated and architectd is not running; its state is safe; "
+			     "start the daemon with `architect up`, then try again");
+}
+
+int verb_exec(const struct command *command)
+{
+	return awake_then_runc(command, "exec");
+}
+
+int verb_pause(const struct command *command)
+{
+	return awake_then_runc(command, "pause");
+}
+
+int verb_resume(const struct command *command)
+{
+	become_runc(command);
+}
+
+/* Prints runc's own answer with the keeper's pid in the place of the init's. */
+static int print_running_state(const struct command *command, int keeper_pid)
+{
+	char text[1 << 16], *at;
+	int output[2], status;
+	size_t have = 0;
+	ssize_t got;
+	pid_t child;
+
+	if (pipe2(output, O_CLOEXEC) || (child = fork()) < 0)
+		return fail(command, strerror(errno));
+	if (!child) {
+		dup2(output[1], STDOUT_FILENO);
+		become_runc(command);
+	}
+	close(output[1]);
+	while (have + 1 < sizeof text && (got = read(output[0], text + have, sizeof text - have - 1)) > 0)
+		have += got;
+	text[have] = 0;
+	waitpid(child, &status, 0);
+	at = strstr(text, "\"pid\":");
+	if (at && strtol(at + 6, NULL, 10) > 0) {
+		char *rest = at + 6 + strspn(at + 6, " 0123456789");
+
+		printf("%.*s \"pid\": %d%s", (int)(at - text), text, keeper_pid, rest);
+	} else {
+		fputs(text, stdout);
+	}
+	return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+}
+
+int verb_state(const struct command *command)
+{
+	char reply[MESSAGE_MAX];
+	int keeper = keeper_connect(command->id);
+
+	if (keeper < 0 || keeper_ask(keeper, "status", reply, sizeof reply))
+		become_runc(command);
+	if (phase_is(reply, "running") || phase_is(reply, "creating"))
+		return print_running_state(command, status_value(reply, "keeper="));
+	printf("{\"ociVersion\":\"1.0.2\",\"id\":\"%s\",\"pid\":%d,\"status\":\"running\",\"bundle\":\"%s\"}\n",
+	       command->id, status_value(reply, "keeper="), command->bundle);
+	return 0;
+}
+
+int verb_kill(const struct command *command)
+{
+	char reply[MESSAGE_MAX], text[32];
+	int keeper = keeper_connect(command->id);
+	int signal = signal_number(command->signal ? command->signal : "TERM");
+
+	if (keeper < 0 || keeper_ask(keeper, "status", reply, sizeof reply))
+		become_runc(command);
+	if (signal < 0)
+		return fail(command, "kill: there is no such signal; give a number or a name such as TERM");
+	/* Not by runc: the init may be frozen for a dump, and a signal that CRIU did not see is lost. */
+	if (command->all && phase_is(reply, "running"))
+		become_runc(command);
+	snprintf(text, sizeof text, "kill %d", signal);
+	if (keeper_ask(keeper, text, reply, sizeof reply) || !strncmp(reply, "ok", 2))
+		return 0;
+	return fail(command, reply);
+}
+
+int verb_delete(const struct command *command)
+{
+	char reply[MESSAGE_MAX];
+	int keeper = keeper_connect(command->id), code;
+
+	if (keeper >= 0 && !keeper_ask(keeper, "status", reply, sizeof reply)) {
+		if (!command->force && !phase_is(reply, "running") && !phase_is(reply, "creating"))
+			return fail(command, "delete: the container is hibernated, not stopped; kill it first or use --force");
+		if (command->force && !keeper_ask(keeper, "exit 137", reply, sizeof reply))
+			keeper_await_exit(keeper);
+	}
+	code = run_runc(command);
+	if (!code)
+		tell("deleted", command->id, 0);
+	return code;
+}

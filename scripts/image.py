@@ -1,0 +1,263 @@
+"""Builds container images from Debian packages and loads them into Podman: image.py NAME...
+
+Why: the demo, the benchmarks and the tests need images on machines that reach no image registry.
+Each image is a row of images.toml: packages of a Debian release, unpacked into one layer. Called
+by the Makefile (make image-NAME).
+
+An image carries the digest of its recipe as a label; where Podman has it already, nothing is
+done. The finished archive is kept in the cache under that digest, so a day's package updates
+alone make no new image; REFRESH=1 makes it anew, with the versions that the mirror has today.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import (
+    REPOSITORY,
+    Failure,
+    architecture,
+    cache_folder,
+    digest,
+    keep_only,
+    main,
+    run,
+    say,
+)
+from debs import Deb, archive
+
+TABLE = REPOSITORY / "scripts" / "images.toml"
+RECIPE_LABEL = "architect.loopholelabs.io/recipe"
+PACKAGES_LABEL = "architect.loopholelabs.io/packages"
+# Documentation that no container reads; licences stay.
+UNWANTED = (
+    "usr/share/doc",
+    "usr/share/info",
+    "usr/share/locale",
+    "usr/share/man",
+    "usr/share/lintian",
+)
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A row of the table; the fields are explained there."""
+
+    name: str
+    release: str
+    leave_out: tuple[str, ...]
+    tag: str
+    packages: tuple[str, ...]
+    cmd: tuple[str, ...]
+    directories: tuple[str, ...] = ()
+    commands: tuple[tuple[str, ...], ...] = ()
+    env: tuple[str, ...] = ()
+    ports: tuple[str, ...] = ()
+    workdir: str = "/"
+
+    @property
+    def key(self) -> str:
+        """What the image is cached under: this row and the code that builds it."""
+        return digest(repr(self), architecture(), Path(__file__).read_bytes())
+
+
+def recipes() -> dict[str, Recipe]:
+    """The table, by name."""
+    table = tomllib.loads(TABLE.read_text())
+
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    common = {name: frozen(table.pop(name)) for name in ("release", "leave_out")}
+    return {
+        name: Recipe(name=name, **common, **{k: frozen(v) for k, v in row.items()})
+        for name, row in table.items()
+    }
+
+
+def _is_unwanted(path: str) -> bool:
+    return path.startswith(UNWANTED) and Path(path).name != "copyright"
+
+
+def _lay_out(recipe: Recipe, debs: list[Deb], root: Path) -> None:
+    """Unpack the packages into `root` and do what their maintainer scripts would have done."""
+    root.mkdir()
+    # First the one whose links make /bin, /lib and /sbin parts of /usr.
+    for deb in sorted(debs, key=lambda deb: deb.name != "base-files"):
+        deb.unpack(root)
+    for kind in ("passwd", "group"):
+        shutil.copyfile(root / f"usr/share/base-passwd/{kind}.master", root / f"etc/{kind}")
+    for directory in recipe.directories:
+        (root / directory.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    for command in recipe.commands:
+        run(["chroot", root, *command], env={"PATH": PATH, "LC_ALL": "C.UTF-8"})
+
+
+def _members(root: Path) -> Iterator[tuple[Path, str]]:
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if path.is_dir() and not path.is_symlink():
+            if not name.startswith(UNWANTED) or any(path.rglob("copyright")):
+                yield path, name
+        elif not _is_unwanted(name):
+            yield path, name
+
+
+def _without_time(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    info.mtime = 0
+    info.uname = info.gname = ""
+    return info
+
+
+def _write_layer(root: Path, layer: Path) -> None:
+    """The tree as an uncompressed tar; the same tree gives the same bytes."""
+    with tarfile.open(layer, "w", format=tarfile.PAX_FORMAT) as tar:
+        for path, name in _members(root):
+            info = _without_time(tar.gettarinfo(path, name))
+            if info.isreg():
+                with path.open("rb") as file:
+                    tar.addfile(info, file)
+            else:
+                tar.addfile(info)
+
+
+class _Layout:
+    """An OCI image layout in a folder (specification: image-layout.md)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._blobs = folder / "blobs" / "sha256"
+        self._blobs.mkdir(parents=True)
+        (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+    def add(self, kind: str, content: Path | dict[str, Any]) -> dict[str, Any]:
+        """Store a blob and return its descriptor; a file is moved, a dict becomes JSON."""
+        source = self.folder / "new"
+        if isinstance(content, Path):
+            content.rename(source)
+        else:
+            source.write_text(json.dumps(content, sort_keys=True))
+        with source.open("rb") as file:
+            digest_of = hashlib.file_digest(file, "sha256").hexdigest()
+        size = source.stat().st_size
+        source.rename(self._blobs / digest_of)
+        media_type = f"application/vnd.oci.image.{kind}"
+        return {"mediaType": media_type, "digest": f"sha256:{digest_of}", "size": size}
+
+
+def _configuration(recipe: Recipe, debs: list[Deb], diff_id: str) -> dict[str, Any]:
+    versions = " ".join(f"{deb.name}={deb.version}" for deb in debs)
+    return {
+        "architecture": architecture(),
+        "os": "linux",
+        "config": {
+            "Cmd": recipe.cmd,
+            "Env": [f"PATH={PATH}", *recipe.env],
+            "ExposedPorts": {port: {} for port in recipe.ports},
+            "Labels": {RECIPE_LABEL: recipe.key, PACKAGES_LABEL: versions},
+            "WorkingDir": recipe.workdir,
+        },
+        "rootfs": {"type": "layers", "diff_ids": [diff_id]},
+        "history": [{"created_by": f"Debian {recipe.release}: {' '.join(recipe.packages)}"}],
+    }
+
+
+def _write_archive(recipe: Recipe, debs: list[Deb], layer: Path, work: Path, target: Path) -> None:
+    """The OCI archive that `podman load` and `ctr images import` take."""
+    layout = _Layout(work / "layout")
+    stored = layout.add("layer.v1.tar", layer)
+    config = layout.add("config.v1+json", _configuration(recipe, debs, stored["digest"]))
+    manifest = layout.add(
+        "manifest.v1+json",
+        {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": config,
+            "layers": [stored],
+        },
+    )
+    manifest["annotations"] = {
+        "org.opencontainers.image.ref.name": recipe.tag,
+        "io.containerd.image.name": recipe.tag,
+    }
+    index = {"schemaVersion": 2, "manifests": [manifest]}
+    (layout.folder / "index.json").write_text(json.dumps(index))
+    unfinished = work / "archive.tar"
+    with tarfile.open(unfinished, "w") as tar:
+        for path in sorted(layout.folder.rglob("*")):
+            name = path.relative_to(layout.folder)
+            tar.add(path, name, recursive=False, filter=_without_time)
+    unfinished.rename(target)
+
+
+def _build(wanted: list[Recipe], folder: Path) -> None:
+    """Build these images' archives, through one fetch of the release's index each release."""
+    for release in sorted({recipe.release for recipe in wanted}):
+        with archive(release) as source:
+            for recipe in (r for r in wanted if r.release == release):
+                say("image", f"building {recipe.tag} from Debian {release}")
+                found = source.download(recipe.packages)
+                debs = [deb for deb in found if deb.name not in recipe.leave_out]
+                with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as name:
+                    work = Path(name)
+                    _lay_out(recipe, debs, work / "root")
+                    _write_layer(work / "root", work / "layer.tar")
+                    target = folder / f"{recipe.name}-{recipe.key}.tar"
+                    _write_archive(recipe, debs, work / "layer.tar", work, target)
+                keep_only(target, folder.glob(f"{recipe.name}-*.tar"))
+                source.clear()
+
+
+def _has(recipe: Recipe) -> bool:
+    """Whether Podman has this very image, told by its recipe's label."""
+    return _inspect(recipe, f'{{{{index .Config.Labels "{RECIPE_LABEL}"}}}}') == recipe.key
+
+
+def _inspect(recipe: Recipe, template: str) -> str:
+    """A field of Podman's image of that tag, or nothing where there is none."""
+    try:
+        return run(["podman", "image", "inspect", "--format", template, recipe.tag]).strip()
+    except Failure:
+        return ""
+
+
+def _load(recipe: Recipe, source: Path) -> None:
+    """Give Podman the image; the one that had its tag goes, unless a container uses it."""
+    before = _inspect(recipe, "{{.Id}}")
+    run(["podman", "load", "--quiet", "--input", source])
+    if not _has(recipe):
+        raise Failure(f"Podman does not have {recipe.tag} although it loaded {source}")
+    if before and before != _inspect(recipe, "{{.Id}}"):
+        with contextlib.suppress(Failure):
+            run(["podman", "image", "rm", before])
+
+
+def body(arguments: list[str]) -> None:
+    table = recipes()
+    unknown = set(arguments) - set(table)
+    if unknown or not arguments:
+        raise Failure(f"usage: image.py NAME..., of {', '.join(table)}")
+    refresh = bool(os.environ.get("REFRESH"))
+    wanted = [table[name] for name in arguments]
+    missing = [recipe for recipe in wanted if refresh or not _has(recipe)]
+    folder = cache_folder("images")
+    archives = {recipe.tag: folder / f"{recipe.name}-{recipe.key}.tar" for recipe in missing}
+    _build([r for r in missing if refresh or not archives[r.tag].exists()], folder)
+    for recipe in missing:
+        _load(recipe, archives[recipe.tag])
+    for recipe in wanted:
+        say("image", recipe.tag)
+
+
+if __name__ == "__main__":
+    main("image", body)

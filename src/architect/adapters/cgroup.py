@@ -1,0 +1,141 @@
+"""A container's cgroup, v1, v2 or hybrid (cgroups(7)): memory, processes, limits.
+
+Called by the daemon. The cgroup is found from the keeper, which stays in it for the container's life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_ROOT: Final = Path("/sys/fs/cgroup")
+
+_RESTORE_HEADROOM: Final = 64 << 20
+"""Bytes added to a memory limit while CRIU, which is in the cgroup then, restores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """The directories that hold a container, by controller; all the same one under v2."""
+
+    memory: Path
+    cpu: Path
+    freezer: Path
+    unified: bool
+
+    @classmethod
+    def of(cls, pid: int) -> Cgroup:
+        """The cgroup of a process.
+
+        Raises:
+            FileNotFoundError: there is no such process.
+        """
+        found: dict[str, Path] = {}
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, controllers, directory = line.split(":", 2)
+            for controller in controllers.split(","):
+                found[controller] = Path(directory.lstrip("/"))
+        if "memory" in found:
+            return cls(
+                memory=_ROOT / "memory" / found["memory"],
+                cpu=_ROOT / "cpu" / found.get("cpu", found["memory"]),
+                freezer=_ROOT / "freezer" / found.get("freezer", found["memory"]),
+                unified=False,
+            )
+        own = _ROOT / found[""]
+        return cls(memory=own, cpu=own, freezer=own, unified=True)
+
+    def memory_bytes(self) -> int:
+        """Memory charged to the container now, 0 if it is gone."""
+        name = "memory.current" if self.unified else "memory.usage_in_bytes"
+        try:
+            return int((self.memory / name).read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def reclaim(self) -> None:
+        """Gives back what memory a hibernated container still holds; as far as the kernel can."""
+        if not self.unified:
+            with contextlib.suppress(OSError):
+                (self.memory / "memory.force_empty").write_text("0")
+            return
+        with contextlib.suppress(OSError):
+            # EAGAIN says that less was there to be reclaimed than asked for: the aim.
+            (self.memory / "memory.reclaim").write_text(str(max(self.memory_bytes(), 4096)))
+
+    def frozen(self) -> bool:
+        """Whether the container is paused."""
+        try:
+            if self.unified:
+                return (self.freezer / "cgroup.freeze").read_text().strip() == "1"
+            return (self.freezer / "freezer.state").read_text().strip() != "THAWED"
+        except OSError:
+            return False
+
+    def processes(self) -> list[int]:
+        """Host pids of all its processes, the keeper included."""
+        with contextlib.suppress(OSError):
+            return [int(pid) for pid in (self.memory / "cgroup.procs").read_text().split()]
+        return []
+
+    def lift_limits(self) -> dict[str, str]:
+        """Takes the CPU quota away and adds to the memory limit, for a wake.
+
+        Returns what :func:`return_limits` must write back; write it down before anything else.
+        """
+        lifted: dict[str, str] = {}
+        if self.unified:
+            changes = [(self.cpu / "cpu.max", _no_quota), (self.memory / "memory.max", _more)]
+        else:
+            changes = [
+                (self.cpu / "cpu.cfs_quota_us", lambda now: None if int(now) < 0 else "-1"),
+                (self.memory / "memory.limit_in_bytes", _more),
+            ]
+        for file, change in changes:
+            with contextlib.suppress(OSError, ValueError):
+                now = file.read_text().strip()
+                new = change(now)
+                if new is not None:
+                    file.write_text(new)
+                    lifted[str(file)] = now
+        return lifted
+
+
+def _no_quota(now: str) -> str | None:
+    quota, period = now.split()
+    return None if quota == "max" else f"max {period}"
+
+
+def _more(now: str) -> str | None:
+    # Values near 2**63 are v1's way to say "no limit".
+    return None if now == "max" or int(now) > 1 << 60 else str(int(now) + _RESTORE_HEADROOM)
+
+
+def return_limits(lifted: Mapping[str, str]) -> None:
+    """Writes lifted limits back; a cgroup that is gone needs none."""
+    for file, value in lifted.items():
+        with contextlib.suppress(OSError):
+            Path(file).write_text(value)
+
+
+def outsiders(pids: list[int], init: int, keeper: int) -> list[int]:
+    """Processes of a container that do not descend from its init: open exec sessions.
+
+    CRIU dumps the init's tree only, so a container with outsiders cannot be hibernated.
+    """
+    parents: dict[int, int] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            stat = Path(f"/proc/{pid}/stat").read_text()
+            parents[pid] = int(stat.rpartition(")")[2].split()[1])
+    found = []
+    for pid in parents:
+        ancestor = pid
+        while ancestor in parents and ancestor != init:
+            ancestor = parents[ancestor]
+        if ancestor != init and pid != keeper and parents[pid] != keeper:
+            found.append(pid)
+    return found

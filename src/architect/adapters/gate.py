@@ -1,0 +1,513 @@
+"""The traffic gate of one pod: who was last talked to, and what must wait.
+
+Called by architectd, mostly from the thread of its event loop. One gate serves one
+network namespace with up to 16 owners (managed containers); it tells when an
+owner's declared ports were last used, and while an owner is checkpointed it
+holds the packets meant for it, or drops them, so that no client ever sees a
+reset. The kernel side is native/bpf/gate.bpf.c; its maps are pinned, so a
+daemon that was killed finds modes, ports and times as they were.
+
+Order that loses nothing: set_mode(HOLD), checkpoint; when `fileno` polls
+readable, `receive` says whom to wake; restore, set_mode(OPEN), release.
+"""
+
+import enum
+import os
+import struct
+import zlib
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from architect.adapters import bpf, netfilter, netns, nfqueue
+
+OWNERS = 16
+"""Owners a gate has room for, numbered from 0: the width of the mark's low half."""
+HELD_PACKETS = 1024
+"""Packets held for one owner in one closing of its gate; the rest is dropped."""
+HELD_BYTES = 32 << 20
+"""Likewise in bytes: aggregated segments have up to 64 KB each."""
+RULE = netfilter.Rule(mark=0x41720000, mask=0xFFFF0000, queue=16754)
+"""'Ar' as mark, so also in gate.bpf.c; the queue has the same number."""
+
+_HANDLE = 1
+_PRIORITY = 21
+"""Of our tc filter: other programs' filters stay, before or after it."""
+_RECEIVE_BUFFER = 8 << 20
+_RECEIVE_AT_ONCE = 512
+"""Keeps one `receive` below 5 ms; the descriptor stays readable for the rest."""
+_PROTOCOLS = {"tcp": 6, "udp": 17}
+_PROTOCOL_NAMES: dict[int, Literal["tcp", "udp"]] = {6: "tcp", 17: "udp"}
+
+_KEY = struct.Struct("=I")
+_PORT_OWNERS = struct.Struct("=III")
+_MODES = struct.Struct("=II")
+_HELD = struct.Struct("=QQ")
+_ACTIVITY = struct.Struct("=QQQQ")
+_MAPS = ("ports", "modes", "held", "activity", "limits")
+_PROGRAMS = ("gate_ethernet", "gate_raw")
+
+
+class GateError(Exception):
+    """The gate could not be opened, changed, read or taken away."""
+
+
+class GateBusyError(GateError):
+    """Another process has this gate's queue: a second daemon, or one still dying."""
+
+
+class TooManyPortsError(GateError):
+    """The pod's containers declare more ports than the gate has room for."""
+
+
+class Mode(enum.IntEnum):
+    """What happens to packets for an owner's declared ports."""
+
+    OPEN = 0
+    """They pass."""
+    HOLD = 1
+    """They wait in the queue for `release`."""
+    DROP = 2
+    """They vanish as in a congested network; TCP clients repeat them."""
+
+
+class Use(enum.IntEnum):
+    """How a declared port is treated; the number is its place in the map's value."""
+
+    ACTIVITY = 0
+    """Its packets count, and wait in mode HOLD."""
+    IGNORED = 1
+    """They do not count, and are dropped unless the mode is OPEN."""
+    SHADOW = 2
+    """As IGNORED, but an opening SYN always passes: without a listener it is refused."""
+
+
+class Port(NamedTuple):
+    """A port of the pod that belongs to an owner."""
+
+    protocol: Literal["tcp", "udp"]
+    number: int
+    use: Use = Use.ACTIVITY
+
+
+class Activity(NamedTuple):
+    """What an owner's ports have seen since the owner appeared."""
+
+    last_ns: int
+    """Time of the last packet on CLOCK_MONOTONIC, 0 if there was none."""
+    packets: int
+    """Packets that counted as activity; aggregated segments are one."""
+    held: int
+    """Of these, how many were put into the queue."""
+    dropped: int
+    """Packets dropped by mode or by the bound on held ones."""
+
+
+def _bit(owner: int) -> int:
+    if not 0 <= owner < OWNERS:
+        raise ValueError(f"owner {owner} is not between 0 and {OWNERS - 1}")
+    return 1 << owner
+
+
+def _key(port: Port) -> int:
+    if not 0 < port.number < 1 << 16:
+        raise ValueError(f"port {port.number} is not between 1 and 65535")
+    return _PROTOCOLS[port.protocol] << 16 | port.number
+
+
+class Gate:
+    """The gate of one network namespace; made by `open`.
+
+    Not for use by several threads at once; `open` and `close` take up to 0.1 s
+    (programs are verified, iptables is called) and are better run in a worker.
+    Methods raise GateError, and ValueError for an owner or port out of range.
+    """
+
+    def __init__(
+        self,
+        netns_fd: int,
+        pin_dir: Path,
+        maps: dict[str, int],
+        programs: dict[str, int],
+    ) -> None:
+        """Take over open descriptors; use `open` instead."""
+        self._netns = netns_fd
+        self._pins = pin_dir
+        self._programs = programs
+        self._program_ids: dict[str, int] = {}
+        self._ports = bpf.Map(maps["ports"], _KEY, _PORT_OWNERS)
+        self._mode_masks = bpf.Map(maps["modes"], _KEY, _MODES)
+        self._held_counts = bpf.Map(maps["held"], _KEY, _HELD)
+        self._activity = bpf.Map(maps["activity"], _KEY, _ACTIVITY)
+        self._limits = bpf.Map(maps["limits"], _KEY, _HELD)
+        self._tables = list(maps.values())
+        self._queue: nfqueue.Queue | None = None
+        self._pin_names: dict[str, int] = {}
+        # Copies of what only we write, so that deciding costs no system call.
+        self._port_owners: dict[int, tuple[int, ...]] = {}
+        self._masks = dict.fromkeys(Mode, 0)  # mode -> owners; not kept for OPEN
+        self._held: dict[int, int] = {}  # packet -> owners, in order of arrival
+        self._probe_arrived = False
+
+    @classmethod
+    def open(cls, netns: int | Path, pin_dir: Path, program: Path) -> "Gate":
+        """Open the gate of a namespace, or take over the one that is there.
+
+        `pin_dir` is this gate's own directory on a bpf file system (whose names
+        must not contain dots), made if needed; `program` the compiled object.
+        Whatever is missing (maps, filters, rules) is put in place; what is
+        there keeps its state. Packets that a killed reader held are lost.
+        Raises GateBusyError, GateError.
+        """
+        gate = None
+        try:
+            gate = cls._load(netns, pin_dir, program)
+            gate._start()
+            gate.repair()
+        except nfqueue.QueueBusyError as error:
+            raise GateBusyError(f"gate {pin_dir.name}: {error}") from error
+        except _CAUSES as error:
+            raise GateError(f"cannot open gate {pin_dir.name}: {error}") from error
+        else:
+            opened, gate = gate, None
+            return opened
+        finally:
+            if gate is not None:
+                gate._close()
+
+    @classmethod
+    def _load(cls, namespace: int | Path, pin_dir: Path, program: Path) -> "Gate":
+        pin_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not bpf.is_bpffs(pin_dir):
+            raise GateError(f"{pin_dir} is not on a bpf file system; mount one (ensure_bpffs)")
+        # A new release's program replaces the old one but keeps its maps.
+        version = f"{zlib.crc32(program.read_bytes()):08x}"
+        map_pins = {name: pin_dir / name for name in _MAPS}
+        program_pins = {name: pin_dir / f"{name}-{version}" for name in _PROGRAMS}
+        pins = {**map_pins, **program_pins}
+        descriptors: dict[str, int] = {}
+        netns_fd = netns.open_netns(namespace)
+        try:
+            if not all(path.exists() for path in pins.values()):
+                for path in program_pins.values():
+                    path.unlink(missing_ok=True)
+                bpf.load(program, map_pins, program_pins)
+            for name, path in pins.items():
+                descriptors[name] = bpf.open_pinned(path)
+            for path in pin_dir.iterdir():
+                if path.name.startswith(_PROGRAMS) and path not in program_pins.values():
+                    path.unlink()
+        except BaseException:
+            for descriptor in [*descriptors.values(), netns_fd]:
+                os.close(descriptor)
+            raise
+        gate = cls(
+            netns_fd,
+            pin_dir,
+            {name: descriptors[name] for name in _MAPS},
+            {name: descriptors[name] for name in _PROGRAMS},
+        )
+        gate._pin_names = {path.name: descriptors[name] for name, path in pins.items()}
+        return gate
+
+    def _start(self) -> None:
+        self._program_ids = {name: bpf.program_id(fd) for name, fd in self._programs.items()}
+        if self._limits[0] == (0, 0):
+            self._limits[0] = (HELD_PACKETS, HELD_BYTES)
+        self._port_owners = {key: self._ports[key] for key in self._ports}
+        self._masks[Mode.HOLD], self._masks[Mode.DROP] = self._mode_masks[0]
+        with netns.entered(self._netns):
+            self._queue = nfqueue.Queue(
+                RULE.queue, capacity=OWNERS * HELD_PACKETS, buffer_bytes=_RECEIVE_BUFFER
+            )
+
+    @property
+    def _reader(self) -> nfqueue.Queue:
+        if self._queue is None:
+            raise GateError(f"gate {self._pins.name} is closed")
+        return self._queue
+
+    def fileno(self) -> int:
+        """Return a descriptor that polls readable when `receive` has work to do."""
+        return self._reader.fileno()
+
+    def limit(self, packets: int, size: int) -> None:
+        """Set what one owner may have held in one closing: packets, and bytes."""
+        try:
+            self._limits[0] = (packets, size)
+        except bpf.BpfError as error:
+            raise GateError(f"cannot set the limits: {error}") from error
+
+    def set_ports(self, owner: int, ports: Collection[Port]) -> None:
+        """Declare an owner's ports, in place of those it had.
+
+        A port may belong to several owners; then its packets count for each,
+        wait if any of them holds, and are dropped if any of them drops.
+        Raises TooManyPortsError; the ports may then be set in part.
+        """
+        bit = _bit(owner)
+        wanted: dict[int, Use] = {}
+        for port in ports:
+            if wanted.setdefault(_key(port), port.use) != port.use:
+                raise ValueError(f"port {port.number}/{port.protocol} is declared for two uses")
+        try:
+            for key in self._port_owners.keys() | wanted.keys():
+                before = self._port_owners.get(key, (0, 0, 0))
+                masks = [mask & ~bit for mask in before]
+                if key in wanted:
+                    masks[wanted[key]] |= bit
+                after = tuple(masks)
+                if after == before:
+                    continue
+                if any(after):
+                    self._ports[key] = after
+                    self._port_owners[key] = after
+                else:
+                    del self._ports[key]
+                    del self._port_owners[key]
+        except bpf.MapFullError as error:
+            raise TooManyPortsError(
+                f"the pod declares more ports than the gate holds ({len(self._port_owners)}); "
+                "declare fewer"
+            ) from error
+        except bpf.BpfError as error:
+            raise GateError(f"cannot set the ports of owner {owner}: {error}") from error
+
+    def ports(self, owner: int) -> list[Port]:
+        """Return an owner's declared ports, as set, or as found by `open`."""
+        bit = _bit(owner)
+        return [
+            Port(_PROTOCOL_NAMES[key >> 16], key & 0xFFFF, use)
+            for key, masks in sorted(self._port_owners.items())
+            for use in Use
+            if masks[use] & bit
+        ]
+
+    def set_mode(self, owner: int, mode: Mode) -> None:
+        """Open or close the gate for an owner, from the next packet on.
+
+        A change of mode gives the owner a fresh allowance of held packets.
+        Packets held already stay held until `release`.
+        """
+        bit = _bit(owner)
+        if self.mode(owner) is mode:
+            return
+        masks = {found: owners & ~bit for found, owners in self._masks.items()}
+        if mode is not Mode.OPEN:
+            masks[mode] |= bit
+        try:
+            self._held_counts[owner] = (0, 0)
+            self._mode_masks[0] = (masks[Mode.HOLD], masks[Mode.DROP])
+        except bpf.BpfError as error:
+            raise GateError(f"cannot set the mode of owner {owner}: {error}") from error
+        self._masks = masks
+
+    def mode(self, owner: int) -> Mode:
+        """Return an owner's mode, as set, or as found by `open`."""
+        bit = _bit(owner)
+        return next((mode for mode, owners in self._masks.items() if owners & bit), Mode.OPEN)
+
+    def activity(self, owner: int) -> Activity:
+        """Read an owner's counters from the kernel."""
+        _bit(owner)
+        try:
+            return Activity(*self._activity[owner])
+        except bpf.BpfError as error:
+            raise GateError(f"cannot read the activity of owner {owner}: {error}") from error
+
+    def receive(self) -> int:
+        """Take notice of newly held packets; return the mask of their holding owners.
+
+        Does not block. Zero is a valid answer: late packets of an owner that
+        is open again are passed on at once.
+        """
+        return self._collect(_RECEIVE_AT_ONCE)
+
+    def _collect(self, limit: int, keep: int = 0) -> int:
+        """Read the queue; hold what must wait, or belongs to an owner in `keep`."""
+        holding, dropping = self._masks[Mode.HOLD], self._masks[Mode.DROP]
+        keep |= holding
+        for owners in self._held.values():
+            if not owners & holding:  # about to be released: nothing may overtake it
+                keep |= owners
+        woken = 0
+        try:
+            packets = self._reader.receive(limit)
+            for number, mark in packets:
+                owners = mark & ~RULE.mask
+                if mark == RULE.mark:  # our own, see netfilter.reach
+                    self._probe_arrived = True
+                    self._reader.decide([number], accept=False)
+                elif owners & keep:
+                    woken |= owners & holding
+                    self._held[number] = owners
+                else:
+                    # Marked just before the gate was opened.
+                    self._reader.decide([number], accept=not owners & dropping)
+        except nfqueue.QueueError as error:
+            raise GateError(f"gate {self._pins.name}: {error}") from error
+        return woken
+
+    def release(self, owner: int, accept: bool) -> int:
+        """Deliver or drop what is held for an owner, in order of arrival.
+
+        Returns the number of packets that went. A packet that belongs to
+        several owners stays until none of them is in mode HOLD, and is dropped
+        if another of them is in mode DROP. Accepted packets have passed the
+        gate: they go to their sockets even if the owner's mode is still HOLD.
+        """
+        bit = _bit(owner)
+        self._collect(OWNERS * HELD_PACKETS, keep=bit)
+        holding, dropping = self._masks[Mode.HOLD], self._masks[Mode.DROP]
+        going = [
+            (number, owners)
+            for number, owners in self._held.items()
+            if owners == bit or (owners & bit and not owners & holding)
+        ]
+        accepted = [number for number, owners in going if accept and not owners & ~bit & dropping]
+        self._decide(accepted, accept=True)
+        kept = set(accepted)
+        self._decide([number for number, _ in going if number not in kept], accept=False)
+        return len(going)
+
+    def _decide(self, numbers: Iterable[int], *, accept: bool) -> None:
+        numbers = list(numbers)
+        try:
+            self._reader.decide(numbers, accept=accept)
+        except nfqueue.QueueError as error:
+            raise GateError(f"gate {self._pins.name}: {error}") from error
+        for number in numbers:
+            del self._held[number]
+
+    def drop_owner(self, owner: int) -> None:
+        """Forget an owner that has ended: ports, mode, counters, held packets.
+
+        Its packets are dropped; those of several owners stay for the others.
+        The number is then free for another container.
+        """
+        bit = _bit(owner)
+        self.set_ports(owner, ())
+        self.set_mode(owner, Mode.OPEN)
+        self._collect(OWNERS * HELD_PACKETS, keep=bit)
+        self._decide([n for n, owners in self._held.items() if owners == bit], accept=False)
+        for number, owners in self._held.items():
+            self._held[number] = owners & ~bit
+        holding = self._masks[Mode.HOLD]
+        self._decide([n for n, owners in self._held.items() if not owners & holding], accept=True)
+        try:
+            self._activity[owner] = (0, 0, 0, 0)
+        except bpf.BpfError as error:
+            raise GateError(f"cannot clear the activity of owner {owner}: {error}") from error
+
+    def repair(self) -> list[str]:
+        """Put back what others took away or what is new, and say what it was.
+
+        Looks for pins, for the filter on every interface, and for the rules;
+        takes well below a millisecond when nothing is missing.
+        """
+        repaired = []
+        try:
+            for name, descriptor in self._pin_names.items():
+                if not (self._pins / name).exists():
+                    self._pins.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    bpf.pin(descriptor, self._pins / name)
+                    repaired.append(f"pin {name}")
+            with netns.entered(self._netns):
+                # The rules first: a filter that marks without them lets packets pass.
+                repaired += self._repair_rules()
+                repaired += self._repair_filters()
+        except _CAUSES as error:
+            raise GateError(f"cannot repair gate {self._pins.name}: {error}") from error
+        return repaired
+
+    def _repair_filters(self) -> list[str]:
+        repaired = []
+        for interface in netns.interfaces():
+            name = "gate_ethernet" if interface.ethernet else "gate_raw"
+            place = bpf.IngressFilter(interface.number, handle=_HANDLE, priority=_PRIORITY)
+            if place.attached() == self._program_ids[name]:
+                continue
+            try:
+                place.attach(self._programs[name])
+            except bpf.InterfaceGoneError:
+                continue
+            repaired.append(f"filter on {interface.name}")
+        return repaired
+
+    def _reach(self, family: netfilter.Family) -> netfilter.Reach:
+        def arrived() -> bool:
+            self._probe_arrived = False
+            self._collect(_RECEIVE_AT_ONCE)
+            return self._probe_arrived
+
+        udp = _PROTOCOLS["udp"]
+        avoid = [key & 0xFFFF for key in self._port_owners if key >> 16 == udp]
+        return netfilter.reach(family, RULE, self.fileno(), arrived, avoid)
+
+    def _repair_rules(self) -> list[str]:
+        repaired = []
+        for family in netfilter.Family:
+            reached = self._reach(family)
+            if reached is netfilter.Reach.QUEUED:
+                continue
+            backend = netfilter.probe(family, RULE).backend
+            if reached is netfilter.Reach.UNKNOWN and netfilter.present(backend, family, RULE):
+                continue
+            netfilter.install(backend, family, RULE)
+            if self._reach(family) is netfilter.Reach.DELIVERED:
+                raise GateError(
+                    f"the {family.value} rule of {backend.value} does not queue packets; "
+                    "does another mangle rule change their mark?"
+                )
+            repaired.append(f"{family.value} rule")
+        return repaired
+
+    def close(self, *, remove: bool) -> None:
+        """Give the gate up; with `remove` also take it away, letting all packets pass.
+
+        Without it everything stays for the next `open`, but for the packets
+        that are held: the kernel drops them with the queue. The clsact qdisc
+        stays in any case, since others may have filters there.
+        """
+        try:
+            if remove:
+                self._remove()
+        except _CAUSES as error:
+            raise GateError(f"cannot remove gate {self._pins.name}: {error}") from error
+        finally:
+            self._close()
+
+    def _remove(self) -> None:
+        for owner in range(OWNERS):
+            self.set_mode(owner, Mode.OPEN)
+        self._collect(OWNERS * HELD_PACKETS, keep=~RULE.mask)
+        self._decide(list(self._held), accept=True)
+        with netns.entered(self._netns):
+            for interface in netns.interfaces():
+                bpf.IngressFilter(interface.number, handle=_HANDLE, priority=_PRIORITY).detach()
+            for family in netfilter.Family:
+                # All that work: an earlier daemon may have preferred another.
+                for backend in netfilter.probe(family, RULE).backends:
+                    netfilter.remove(backend, family, RULE)
+        for name in self._pin_names:
+            (self._pins / name).unlink(missing_ok=True)
+        self._pins.rmdir()
+
+    def _close(self) -> None:
+        if self._queue is None and not self._programs:
+            return
+        if self._queue is not None:
+            self._queue.close()
+            self._queue = None
+        for descriptor in [*self._tables, *self._programs.values(), self._netns]:
+            os.close(descriptor)
+        self._programs = {}
+
+
+_CAUSES = (
+    bpf.BpfError,
+    netfilter.NetfilterError,
+    netns.NetnsError,
+    nfqueue.QueueError,
+    OSError,
+)

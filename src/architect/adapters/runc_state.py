@@ -1,0 +1,37 @@
+"""Points runc's state.json to a restored init, so that runc exec, kill, ps and update reach it.
+
+Called by the daemon after each wake. runc has no command for this; the format is its libcontainer
+state, of which only the init's pid, its start time and the namespace paths name the process.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def start_time(pid: int) -> int:
+    """Field 22 of /proc/PID/stat (proc(5)): clock ticks after boot at which the process started."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def point_to(runtime_root: str, container: str, init: int) -> None:
+    """Rewrites the state file, atomically.
+
+    Raises:
+        OSError: the runtime has no such container, or the init has ended.
+        ValueError: the file is not runc's.
+    """
+    file = Path(runtime_root) / container / "state.json"
+    state = json.loads(file.read_text())
+    state["init_process_pid"] = init
+    state["init_process_start"] = start_time(init)
+    spaces = state["namespace_paths"]
+    for kind, path in spaces.items():
+        if path.startswith("/proc/"):
+            spaces[kind] = f"/proc/{init}/{path.split('/', 3)[3]}"
+    fresh = file.with_suffix(".new")
+    fresh.write_text(json.dumps(state, separators=(",", ":")))
+    fresh.chmod(0o600)
+    fresh.rename(file)

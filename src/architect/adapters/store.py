@@ -1,0 +1,300 @@
+"""Checkpoints on the disk: written whole or not at all, checked before use.
+
+Layout: ``CHECKPOINTS/<container id>/<generation>/`` with CRIU's images, ``manifest.json`` and, a moment
+after the commit, ``pages.digests.json``. A dump goes to ``.dump-<generation>`` beside it, is fsynced and
+renamed; the symbolic link ``checkpoint`` in the container's run directory is the commit (the keeper reads
+it). Called by the daemon; :func:`verify` also by the tests that damage checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from blake3 import blake3
+
+from architect.contract.errors import ArchitectError
+from architect.contract.records import (
+    CHECKPOINT_FORMAT,
+    CheckpointManifest,
+    FileRecord,
+    PageDigests,
+)
+
+_MANIFEST: Final = "manifest.json"
+_DIGESTS: Final = "pages.digests.json"
+_CHUNK: Final = 1 << 20
+
+_NOT_IMAGES: Final = (".log", ".socket", ".json")
+"""Suffixes of what CRIU and we leave beside the images."""
+
+
+class CheckpointError(ArchitectError):
+    """A checkpoint could not be written."""
+
+
+class DamagedCheckpoint(ArchitectError):
+    """A checkpoint is not what was written. It is kept as it is."""
+
+
+class Store:
+    """The checkpoints of one container."""
+
+    def __init__(self, root: Path, link: Path, container: str) -> None:
+        self._home = root / container
+        self._link = link
+        self._container = container
+
+    def images(self, generation: int) -> Path:
+        """Where the images of a committed checkpoint are."""
+        return self._home / str(generation)
+
+    def begin(self, generation: int) -> Path:
+        """Makes the directory for a new dump; what an earlier, abandoned dump left is removed.
+
+        Raises:
+            CheckpointError: the file system refuses.
+        """
+        self.abandon()
+        place = self._home / f".dump-{generation}"
+        try:
+            place.mkdir(parents=True, mode=0o700)
+        except OSError as error:
+            raise _cannot_write(place, error) from error
+        return place
+
+    def secure(self, generation: int, criu: str) -> int:
+        """Makes the dump durable under its final name, without committing it; blocking.
+
+        Returns its size in bytes.
+
+        Raises:
+            CheckpointError: disk full, or an image cannot be read back.
+        """
+        place = self._home / f".dump-{generation}"
+        try:
+            files = [_record(file) for file in _image_files(place)]
+            manifest = CheckpointManifest(
+                container=self._container,
+                generation=generation,
+                criu=criu,
+                created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+                files=files,
+            )
+            (place / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
+            # The largest first: one journal commit then covers all the small ones.
+            for file in sorted(files, key=lambda record: -record.size):
+                _fsync(place / file.name)
+            _fsync(place / _MANIFEST)
+            _fsync(place)
+            place.rename(self.images(generation))
+            _fsync(self._home)
+        except OSError as error:
+            raise _cannot_write(place, error) from error
+        return sum(file.size for file in files)
+
+    def commit(self, generation: int) -> None:
+        """From here on the checkpoint stands for the program: sets the link, atomically."""
+        fresh = self._link.with_name("checkpoint.new")
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(self.images(generation))
+        fresh.rename(self._link)
+
+    def committed(self) -> Path | None:
+        """The committed checkpoint's images, if there is one."""
+        try:
+            return self._link.readlink()
+        except OSError:
+            return None
+
+    def abandon(self) -> None:
+        """Removes every checkpoint but the committed one."""
+        kept = self.committed()
+        with contextlib.suppress(FileNotFoundError):
+            for place in self._home.iterdir():
+                if place != kept:
+                    shutil.rmtree(place, ignore_errors=True)
+
+    def drop(self) -> None:
+        """Removes all checkpoints of the container, the link first."""
+        self._link.unlink(missing_ok=True)
+        shutil.rmtree(self._home, ignore_errors=True)
+
+    def retire(self) -> Path | None:
+        """The committed checkpoint no longer stands for the program: takes the link away.
+
+        Its files stay, for :meth:`damaged_pages`, until :meth:`discard`. Returns where they are.
+        """
+        place = self.committed()
+        self._link.unlink(missing_ok=True)
+        return place
+
+    def discard(self, place: Path) -> None:
+        """Removes a retired checkpoint, and the container's directory with the last one."""
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._home.rmdir()
+
+    def size(self) -> int:
+        """Bytes that the committed checkpoint's files hold on the disk, 0 without one."""
+        place = self.committed()
+        total = 0
+        if place is not None:
+            with contextlib.suppress(OSError):
+                total = sum(file.stat().st_blocks * 512 for file in place.iterdir())
+        return total
+
+    def verify(self) -> None:
+        """Refuses a committed checkpoint that is not exactly what was written; a few milliseconds.
+
+        All metadata is read and compared with its digest; page data by size only (see
+        :func:`damaged_pages`), for reading it all would delay the wake.
+
+        Raises:
+            DamagedCheckpoint: what is wrong with which file.
+        """
+        place = self.committed()
+        if place is None:
+            raise _damaged(self._home, "there is no committed checkpoint")
+        manifest = _read_manifest(place)
+        if manifest.container != self._container or str(manifest.generation) != place.name:
+            raise _damaged(
+                place, f"it belongs to container {manifest.container}, {manifest.generation}"
+            )
+        for file in manifest.files:
+            try:
+                found = _record(place / file.name)
+            except OSError as error:
+                raise _damaged(place, f"{file.name}: {error.strerror}") from error
+            if found.size != file.size:
+                raise _damaged(place, f"{file.name} has {found.size} bytes instead of {file.size}")
+            if found.digest != file.digest:
+                raise _damaged(place, f"{file.name} has other contents than were written")
+        names = {file.name for file in manifest.files}
+        strange = [file.name for file in _image_files(place) if file.name not in names]
+        # CRIU writes its statistics after the commit.
+        strange = [name for name in strange if not name.startswith("stats-")]
+        if strange:
+            raise _damaged(place, f"{strange[0]} was not written by the dump")
+
+    def digest_pages(self) -> None:
+        """Writes the digests of page data; blocking, for a thread. After the commit.
+
+        Raises:
+            OSError: the checkpoint was retired meanwhile, or the disk is full.
+        """
+        place = self.committed()
+        if place is None:
+            return
+        digests = {file.name: list(_chunk_digests(file)) for file in _page_files(place)}
+        fresh = place / f"{_DIGESTS}.new"
+        fresh.write_bytes(msgspec.json.encode(PageDigests(chunk=_CHUNK, files=digests)))
+        fresh.rename(place / _DIGESTS)
+
+    def damaged_pages(self, place: Path) -> list[str]:
+        """Which chunks of page data differ from their digests; blocking, for a thread.
+
+        Called after a wake, when every page is in memory: it reports, it can no longer prevent. Empty if
+        the wake came before the digests were made.
+        """
+        if not (place / _DIGESTS).exists():
+            return []
+        written = msgspec.json.decode((place / _DIGESTS).read_bytes(), type=PageDigests)
+        return [
+            f"{name} at {number * written.chunk}"
+            for name, digests in written.files.items()
+            for number, (then, now) in enumerate(
+                zip(digests, _chunk_digests(place / name), strict=False)
+            )
+            if then != now
+        ]
+
+    def drop_page_cache(self) -> None:
+        """Gives back the page cache of the page data; the small images stay, for a quick wake."""
+        place = self.committed()
+        if place is None:
+            return
+        for file in _page_files(place):
+            _advise_dont_need(file)
+
+
+def stray(root: Path, alive: set[str]) -> list[Path]:
+    """Directories of containers that are not ``alive``: what a crash left behind."""
+    if not root.is_dir():
+        return []
+    return [place for place in root.iterdir() if place.is_dir() and place.name not in alive]
+
+
+def _image_files(place: Path) -> list[Path]:
+    return sorted(
+        file for file in place.iterdir() if file.is_file() and file.suffix not in _NOT_IMAGES
+    )
+
+
+def _page_files(place: Path) -> list[Path]:
+    return sorted(place.glob("pages-*.img"))
+
+
+def _record(file: Path) -> FileRecord:
+    if file.name.startswith("pages-"):
+        return FileRecord(file.name, file.stat().st_size)
+    contents = file.read_bytes()
+    return FileRecord(file.name, len(contents), blake3(contents).hexdigest())
+
+
+def _chunk_digests(file: Path) -> Iterator[str]:
+    with file.open("rb", buffering=0) as pages:
+        while chunk := pages.read(_CHUNK):
+            yield blake3(chunk).hexdigest()
+
+
+def _read_manifest(place: Path) -> CheckpointManifest:
+    try:
+        raw = (place / _MANIFEST).read_bytes()
+        version = msgspec.json.decode(raw).get("format")
+        if version != CHECKPOINT_FORMAT:
+            raise DamagedCheckpoint(
+                what=f"checkpoint {place} cannot be used",
+                why=f"its format is {version!r}; this version of architect reads {CHECKPOINT_FORMAT}",
+                fix="wake it with the version that wrote it; it is kept as it is",
+            )
+        return msgspec.json.decode(raw, type=CheckpointManifest)
+    except (OSError, msgspec.MsgspecError, AttributeError) as error:
+        raise _damaged(place, f"{_MANIFEST}: {error}") from error
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _advise_dont_need(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def _cannot_write(place: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        what=f"checkpoint {place} cannot be written",
+        why=error.strerror or str(error),
+        fix="free space on that file system; the container runs on",
+    )
+
+
+def _damaged(place: Path, why: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        what=f"checkpoint {place} is damaged and was not touched",
+        why=why,
+        fix="put the file back, then `architect wake`; or give the state up with the engine's rm -f",
+    )

@@ -1,0 +1,132 @@
+"""What is written down and what is sent: records on disk, events, rows of `architect ps`.
+
+msgspec structs, so that a record of another version is refused with the field's name, not misread.
+Durations are milliseconds, sizes bytes, times RFC 3339 strings or CLOCK_REALTIME seconds, as named.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+CHECKPOINT_FORMAT: Final = 1
+"""Version of the checkpoint's layout. Raised when a reader of the old one would misread the new one."""
+
+RECORD_FORMAT: Final = 1
+"""Version of :class:`ContainerRecord`."""
+
+
+class ContainerRecord(msgspec.Struct, kw_only=True):
+    """What the daemon must know of a container after it was killed: meta.json in the run directory."""
+
+    format: int = RECORD_FORMAT
+    id: str
+    namespace: str
+    pod: str
+    container: str
+    bundle: str
+    runtime_root: str
+    annotations: dict[str, str]
+    engine: list[str]
+    """Command that reaches the engine that made it, with its global flags; empty if unknown."""
+    rootfs: str
+    shared_ipc: bool
+    """Its IPC namespace belongs to the pod, so not every object in it is the container's own."""
+    keeper: int = 0
+    owner: int = -1
+    """Its number at the gate of its network namespace; -1 before the gate knows it."""
+    first_started: float = 0.0
+    """CLOCK_BOOTTIME seconds of its first start; arms the initial delay once."""
+    since: float = 0.0
+    """CLOCK_REALTIME seconds of its last change of state."""
+    ports: list[tuple[str, int]] | None = None
+    """Declared ports (protocol, number); None until the engine has been asked."""
+    mounts: list[tuple[str, str]] | None = None
+    """Mount points in the container and where they are kept on the host; None before the first dump."""
+    pipes: dict[str, int] = {}
+    """Pipes and sockets of its standard streams, by CRIU's name, and the keeper's descriptor of each."""
+    generation: int = 0
+    """Number of its last checkpoint."""
+    hibernations: int = 0
+    last_scale_down_ms: float | None = None
+    last_scale_up_ms: float | None = None
+    lifted: dict[str, str] = {}
+    """Cgroup limits lifted for a wake (file, value to return); must not outlive it."""
+    error: str | None = None
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """One image file of a checkpoint."""
+
+    name: str
+    size: int
+    digest: str | None = None
+    """BLAKE3, hex. None for page data, which has digests by chunk in PageDigests."""
+
+
+class CheckpointManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """manifest.json of a checkpoint; written last, so that a checkpoint without it does not exist."""
+
+    format: int = CHECKPOINT_FORMAT
+    container: str
+    """Container id it belongs to."""
+    generation: int
+    criu: str
+    created: str
+    files: list[FileRecord]
+
+
+class PageDigests(msgspec.Struct, frozen=True, kw_only=True):
+    """pages.digests.json: BLAKE3 of each chunk of each page file, made after the commit."""
+
+    chunk: int
+    """Bytes a chunk."""
+    files: dict[str, list[str]]
+
+
+class Event(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Something a user should know of. One JSON line in the event log, and in `architect events`."""
+
+    time: str
+    reason: str
+    """ScaledDown, ScaledUp, CheckpointCreated, CheckpointFailed, RestoreFailed, Warning ..."""
+    namespace: str = "default"
+    pod: str = ""
+    container: str = ""
+    id: str = ""
+    message: str = ""
+    """What happened, why, and what to do: one line."""
+    duration_ms: float | None = None
+    bytes: int | None = None
+
+
+class Row(msgspec.Struct, kw_only=True):
+    """One container in `architect ps -o json`; the contract fixes the names."""
+
+    namespace: str
+    pod: str
+    container: str
+    id: str
+    state: str
+    since: str
+    idle_s: float | None
+    hibernations: int
+    last_scale_down_ms: float | None
+    last_scale_up_ms: float | None
+    checkpoint_bytes: int
+    memory_bytes: int
+    error: str | None
+
+
+class Request(msgspec.Struct, kw_only=True):
+    """One line to the daemon's socket, from runc-architect or the command line."""
+
+    verb: str
+    id: str = ""
+    bundle: str = ""
+    root: str = ""
+    pid: int = 0
+    pod: str = ""
+    container: str = ""
+    follow: bool = False

@@ -1,0 +1,157 @@
+"""The gates of this machine: one for each network namespace that has managed containers.
+
+Called by the daemon's containers. Numbers the owners at each gate and passes on whom held packets want.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from architect.adapters.gate import OWNERS, Activity, Gate, GateError, Mode, Port, Use
+from architect.contract import paths
+from architect.contract.errors import ArchitectError
+
+
+class GateUnavailable(ArchitectError):
+    """Traffic to a container cannot be watched or held."""
+
+
+class Place:
+    """One container's place at the gate of its network namespace."""
+
+    def __init__(self, shared: _Shared, owner: int) -> None:
+        self._shared = shared
+        self.owner = owner
+
+    def set_ports(self, ports: Collection[tuple[str, int]], ignored: Collection[int]) -> None:
+        """Declares the ports whose traffic counts, and those whose traffic does not."""
+        self._shared.gate.set_ports(
+            self.owner,
+            [
+                Port(
+                    "udp" if protocol == "udp" else "tcp",
+                    number,
+                    Use.IGNORED if number in ignored else Use.ACTIVITY,
+                )
+                for protocol, number in ports
+            ],
+        )
+
+    def hold(self) -> None:
+        """Packets wait from now on."""
+        self._shared.gate.set_mode(self.owner, Mode.HOLD)
+
+    def open(self) -> int:
+        """Packets pass from now on, those that waited first; returns how many waited."""
+        self._shared.gate.set_mode(self.owner, Mode.OPEN)
+        return self._shared.gate.release(self.owner, accept=True)
+
+    def drop(self) -> None:
+        """Packets vanish from now on, those that waited too; never a reset."""
+        self._shared.gate.set_mode(self.owner, Mode.DROP)
+        self._shared.gate.release(self.owner, accept=False)
+
+    def activity(self) -> Activity:
+        """What its ports have seen."""
+        return self._shared.gate.activity(self.owner)
+
+    def repair(self) -> list[str]:
+        """Puts back what somebody took away from the gate; says what that was."""
+        return self._shared.gate.repair()
+
+    def leave(self) -> None:
+        """Gives the place up; the last one takes the gate away."""
+        self._shared.leave(self.owner)
+
+
+class _Shared:
+    """A gate and who is at it."""
+
+    def __init__(self, gate: Gate, inode: int, gates: Gates) -> None:
+        self.gate = gate
+        self.inode = inode
+        self.wanted: dict[int, Callable[[], None]] = {}
+        self._gates = gates
+        asyncio.get_running_loop().add_reader(gate.fileno(), self._arrived)
+
+    def _arrived(self) -> None:
+        mask = self.gate.receive()
+        for owner, wanted in list(self.wanted.items()):
+            if mask >> owner & 1:
+                wanted()
+
+    def leave(self, owner: int) -> None:
+        if self.wanted.pop(owner, None) is None:
+            return
+        with contextlib.suppress(GateError, OSError):
+            self.gate.drop_owner(owner)
+        if not self.wanted:
+            self._gates.forget(self.inode)
+            self.close(remove=True)
+
+    def close(self, *, remove: bool) -> None:
+        with contextlib.suppress(GateError, OSError, ValueError):
+            asyncio.get_running_loop().remove_reader(self.gate.fileno())
+        with contextlib.suppress(GateError, OSError):
+            self.gate.close(remove=remove)
+
+
+class Gates:
+    """All gates, by the inode of their network namespace."""
+
+    def __init__(self) -> None:
+        self._by_inode: dict[int, _Shared] = {}
+        self._lock = asyncio.Lock()
+
+    async def join(self, netns: Path, owner: int, wanted: Callable[[], None]) -> Place:
+        """A place at the gate of ``netns``; the ``owner`` number of old, or a free one for -1.
+
+        ``wanted`` is called whenever packets for the owner's ports are held.
+
+        Raises:
+            GateUnavailable: the kernel lacks a piece, or 16 containers are there already.
+        """
+        async with self._lock:
+            try:
+                inode = os.stat(netns).st_ino  # noqa: PTH116 (follows the magic link)
+                shared = self._by_inode.get(inode)
+                if shared is None:
+                    gate = await asyncio.to_thread(
+                        Gate.open, netns, paths.BPF / f"{inode:x}", paths.GATE_PROGRAM
+                    )
+                    shared = self._by_inode[inode] = _Shared(gate, inode, self)
+            except (GateError, OSError) as error:
+                raise GateUnavailable(
+                    what="its traffic cannot be watched",
+                    why=str(error),
+                    fix="run `architect check`; the container stays awake",
+                ) from error
+            if owner < 0:
+                free = [number for number in range(OWNERS) if number not in shared.wanted]
+                if not free:
+                    raise GateUnavailable(
+                        what="its traffic cannot be watched",
+                        why=f"{OWNERS} managed containers share its pod's network already",
+                        fix="manage fewer containers of that pod",
+                    )
+                owner = free[0]
+            shared.wanted[owner] = wanted
+            return Place(shared, owner)
+
+    def neighbours(self, place: Place) -> int:
+        """How many managed containers are at the same gate, this one included."""
+        return len(place._shared.wanted)  # noqa: SLF001 (one room)
+
+    def forget(self, inode: int) -> None:
+        """A gate has lost its last owner."""
+        self._by_inode.pop(inode, None)
+
+    def close(self) -> None:
+        """Lets go of all gates; filters, rules and modes stay for the next daemon."""
+        for shared in self._by_inode.values():
+            shared.close(remove=False)
+        self._by_inode.clear()

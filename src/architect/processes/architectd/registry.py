@@ -1,0 +1,200 @@
+"""All managed containers of this machine, and how a new daemon finds them again.
+
+Called by :mod:`.server`. What is true is asked of the keepers; the records only add what no process knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from architect.adapters import mounts, store
+from architect.adapters.keeper import KeeperError, KeeperStatus, PagerState
+from architect.contract import annotations, paths
+from architect.contract.errors import ArchitectError
+from architect.contract.records import RECORD_FORMAT, ContainerRecord, Event
+from architect.contract.states import State
+from architect.processes import door
+from architect.processes.architectd.container import Context, ManagedContainer
+
+
+class NoSuchContainer(ArchitectError):
+    """A user named a pod or container that is not managed here."""
+
+
+class Registry:
+    """Managed containers by id."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._containers: dict[str, ManagedContainer] = {}
+
+    def all(self) -> list[ManagedContainer]:
+        """Those that have not ended, in order of their names."""
+        for container, managed in list(self._containers.items()):
+            if managed.state is State.ENDED:
+                del self._containers[container]
+        return sorted(self._containers.values(), key=lambda one: one.name)
+
+    def get(self, container: str) -> ManagedContainer | None:
+        """The container with that id, unless it has ended."""
+        managed = self._containers.get(container)
+        return None if managed is None or managed.state is State.ENDED else managed
+
+    def named(self, pod: str, container: str) -> list[ManagedContainer]:
+        """The managed containers of a pod, or one of them.
+
+        Raises:
+            NoSuchContainer: there is none.
+        """
+        found = [
+            one
+            for one in self.all()
+            if one.record.pod == pod and container in ("", one.record.container)
+        ]
+        if not found:
+            what = f"pod {pod}" + (f", container {container}" if container else "")
+            raise NoSuchContainer(
+                what=what,
+                why="no such managed container on this machine",
+                fix="`architect ps` lists them",
+            )
+        return found
+
+    # ---- beginning and end of a container --------------------------------------------------------------
+
+    def create(self, container: str, bundle: str, root: str, engine_pid: int) -> bool:
+        """A container is being created: whether it is managed.
+
+        Raises:
+            ArchitectError: it is refused.
+        """
+        answer = door.admit(container, bundle, root, engine_pid)
+        for warning in answer.warnings:
+            self._context.events.append(Event(time="", reason="Warning", id=container, message=warning))
+        if answer.record is None:
+            return False
+        self._containers[container] = self._make(answer.record, State.CREATED)
+        return True
+
+    async def created(self, container: str) -> None:
+        """Its keeper exists now."""
+        managed = self.get(container)
+        if managed is not None:
+            await managed.attach()
+
+    def started(self, container: str) -> None:
+        """The engine has started it."""
+        managed = self.get(container)
+        if managed is not None:
+            managed.started()
+
+    def deleted(self, container: str) -> None:
+        """The engine has deleted it, or its creation failed."""
+        managed = self._containers.pop(container, None)
+        if managed is not None and managed.state is not State.ENDED:
+            managed.forget()
+
+    def _make(self, record: ContainerRecord, state: State) -> ManagedContainer:
+        settings = annotations.parse(record.annotations).container(record.container)
+        return ManagedContainer(record, settings, self._context, state)
+
+    # ---- after a start of the daemon -----------------------------------------------------------------
+
+    async def recover(self) -> None:
+        """Finds every container that lives, and clears away what is left of those that do not."""
+        paths.CONTAINERS.mkdir(parents=True, mode=0o700, exist_ok=True)
+        for run in sorted(paths.CONTAINERS.iterdir()):
+            try:
+                record = _read(run / "meta.json")
+            except (OSError, msgspec.MsgspecError, ArchitectError) as error:
+                self._complain(run.name, f"its record cannot be read, it is left alone: {error}")
+                continue
+            managed = self._make(record, State.CREATED)
+            try:
+                await self._take_over(managed, run)
+                self._containers[record.id] = managed
+            except (KeeperError, FileNotFoundError, ProcessLookupError):
+                managed.forget()
+            except ArchitectError as error:
+                self._complain(run.name, str(error))
+        known = {run.name for run in paths.CONTAINERS.iterdir()}
+        for place in store.stray(paths.CHECKPOINTS, known):
+            shutil.rmtree(place, ignore_errors=True)
+
+    async def _take_over(self, managed: ManagedContainer, run: Path) -> None:
+        await _await_exit(run / "dump.pid")
+        (run / "hook").unlink(missing_ok=True)
+        status = await managed.attach()
+        if status.phase == "dumping":
+            status = await self._end_dump(managed, run)
+        elif status.phase == "restoring":
+            with contextlib.suppress(KeeperError):
+                status = await managed.order("wake")
+        managed.resume(status, self._state(status, managed))
+
+    async def _end_dump(self, managed: ManagedContainer, run: Path) -> KeeperStatus:
+        """The last daemon died in mid-dump and CRIU has ended: either it committed, or it thawed."""
+        for _ in range(100):
+            status = await managed.order("status")
+            if status.phase != "dumping" or not (run / "checkpoint").is_symlink():
+                break
+            # Committed: the program's end only takes its time.
+            await asyncio.sleep(0.05)
+        else:
+            (run / "checkpoint").unlink(missing_ok=True)
+        return await managed.order("dump-end") if status.phase == "dumping" else status
+
+    def _state(self, status: KeeperStatus, managed: ManagedContainer) -> State:
+        if status.phase in ("hibernated", "restoring"):
+            return State.SCALED_DOWN
+        fifo = Path(managed.record.runtime_root) / managed.record.id / "exec.fifo"
+        if fifo.exists():
+            return State.CREATED
+        filling = (PagerState.RESTORING, PagerState.FILLING, PagerState.STALLED)
+        return State.FILLING if status.pager_state in filling else State.RUNNING
+
+    def _complain(self, container: str, message: str) -> None:
+        self._context.events.append(Event(time="", reason="Warning", id=container, message=message))
+
+    def close(self) -> None:
+        """The daemon ends: every container stays as it is."""
+        for managed in self._containers.values():
+            managed.let_go()
+
+
+def clear(run: Path) -> None:
+    """Removes the run directory of a container whose keeper is gone."""
+    mounts.release(run / "mnt")
+    shutil.rmtree(run, ignore_errors=True)
+
+
+def _read(file: Path) -> ContainerRecord:
+    raw = file.read_bytes()
+    version = msgspec.json.decode(raw).get("format")
+    if version != RECORD_FORMAT:
+        raise ArchitectError(
+            what=f"{file} is of another version",
+            why=f"its format is {version!r}, this daemon reads {RECORD_FORMAT}",
+            fix="start the version that wrote it",
+        )
+    return msgspec.json.decode(raw, type=ContainerRecord)
+
+
+async def _await_exit(pid_file: Path) -> None:
+    """Waits until the CRIU of an earlier daemon has ended, if one runs."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(pid_file.read_text())
+        if "criu" in Path(f"/proc/{pid}/cmdline").read_text():
+            process = os.pidfd_open(pid)
+            try:
+                await asyncio.to_thread(select.select, [process], [], [], 60.0)
+            finally:
+                os.close(process)
+    pid_file.unlink(missing_ok=True)

@@ -1,0 +1,161 @@
+"""The daemon's socket: requests of runc-architect and of the command line, one line of JSON each.
+
+Replies are one line, "ok ..." or "error TEXT"; after `exec` and `pause` the container is kept awake until
+the connection closes, and `events` with follow goes on line by line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+
+from architect.adapters import events
+from architect.contract import paths
+from architect.contract.errors import ArchitectError
+from architect.contract.records import Request
+from architect.processes.architectd.container import Context
+from architect.processes.architectd.registry import Registry
+
+_LINE_LIMIT: Final = 1 << 20
+
+
+class Server:
+    """Answers requests; see the module."""
+
+    def __init__(self, registry: Registry, context: Context) -> None:
+        self._registry = registry
+        self._context = context
+        self._verbs: dict[str, Callable[[Request], Awaitable[str]]] = {
+            "create": self._create,
+            "created": self._created,
+            "started": self._started,
+            "deleted": self._deleted,
+            "ps": self._ps,
+            "sleep": self._sleep,
+            "wake": self._wake,
+            "ping": self._ping,
+        }
+
+    async def listen(self) -> asyncio.Server:
+        """Opens the socket."""
+        paths.DAEMON_SOCKET.unlink(missing_ok=True)
+        server = await asyncio.start_unix_server(
+            self._serve, str(paths.DAEMON_SOCKET), limit=_LINE_LIMIT
+        )
+        paths.DAEMON_SOCKET.chmod(0o600)
+        return server
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            line = await reader.readline()
+            if line:
+                await self._answer(line, reader, writer)
+        with contextlib.suppress(OSError):
+            writer.close()
+            await writer.wait_closed()
+
+    async def _answer(
+        self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        try:
+            request = msgspec.json.decode(line, type=Request)
+            if request.verb in ("exec", "pause"):
+                await self._lease(request, reader, writer)
+                return
+            if request.verb == "events":
+                await self._events(request, reader, writer)
+                return
+            verb = self._verbs.get(request.verb)
+            reply = f"error unknown verb {request.verb}" if verb is None else await verb(request)
+        except msgspec.MsgspecError as error:
+            reply = f"error malformed request: {error}"
+        except ArchitectError as error:
+            reply = f"error {error}"
+        writer.write(reply.encode() + b"\n")
+        await writer.drain()
+
+    # ---- runc-architect -----------------------------------------------------------------------------
+
+    async def _create(self, request: Request) -> str:
+        managed = self._registry.create(request.id, request.bundle, request.root, request.pid)
+        return "ok managed" if managed else "ok unmanaged"
+
+    async def _created(self, request: Request) -> str:
+        await self._registry.created(request.id)
+        return "ok"
+
+    async def _started(self, request: Request) -> str:
+        self._registry.started(request.id)
+        return "ok"
+
+    async def _deleted(self, request: Request) -> str:
+        self._registry.deleted(request.id)
+        return "ok"
+
+    async def _lease(
+        self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Wakes a container and keeps it awake while the connection is open."""
+        managed = self._registry.get(request.id)
+        if managed is None:
+            writer.write(b"ok\n")
+            return
+        managed.leases += 1
+        try:
+            try:
+                await managed.wake(request.verb)
+                reply = "ok"
+            except ArchitectError as error:
+                reply = f"error {error}"
+            writer.write(reply.encode() + b"\n")
+            await writer.drain()
+            await reader.read()
+        finally:
+            managed.leases -= 1
+            managed.touch()
+
+    # ---- the command line ---------------------------------------------------------------------------------
+
+    async def _ps(self, _request: Request) -> str:
+        rows = [managed.row() for managed in self._registry.all()]
+        return "ok " + msgspec.json.encode(rows).decode()
+
+    async def _sleep(self, request: Request) -> str:
+        for managed in self._registry.named(request.pod, request.container):
+            await managed.sleep("command")
+        return "ok " + await self._rows(request)
+
+    async def _wake(self, request: Request) -> str:
+        for managed in self._registry.named(request.pod, request.container):
+            await managed.wake("command")
+        return "ok " + await self._rows(request)
+
+    async def _rows(self, request: Request) -> str:
+        named = self._registry.named(request.pod, request.container)
+        return msgspec.json.encode([managed.row() for managed in named]).decode()
+
+    async def _ping(self, _request: Request) -> str:
+        return "ok"
+
+    async def _events(
+        self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        with self._context.events.follow() as queue:
+            for event in events.read(paths.EVENTS):
+                writer.write(msgspec.json.encode(event) + b"\n")
+            await writer.drain()
+            if not request.follow:
+                return
+            gone = asyncio.create_task(reader.read())
+            while not gone.done():
+                news = asyncio.create_task(queue.get())
+                await asyncio.wait({gone, news}, return_when=asyncio.FIRST_COMPLETED)
+                if news.done():
+                    writer.write(msgspec.json.encode(news.result()) + b"\n")
+                    await writer.drain()
+                else:
+                    news.cancel()

@@ -1,0 +1,1 @@
+"""The command line: ``architect`` on a machine, ``kubectl architect`` in a cluster."""

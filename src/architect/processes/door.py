@@ -1,0 +1,93 @@
+"""The door at which a container is taken in: decides, rewrites its bundle, makes its run directory.
+
+Called for each `create` by architectd, and by architect-admit when no daemon answers, so that both give
+the same answer. Unmanaged containers leave no trace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from architect.adapters import podman
+from architect.contract import oci, paths
+from architect.contract.annotations import PREFIX
+from architect.contract.errors import ArchitectError
+from architect.contract.records import ContainerRecord
+from architect.decisions import admission
+
+
+class BadBundle(ArchitectError):
+    """The engine's bundle cannot be read or written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is done with a container that is being created."""
+
+    record: ContainerRecord | None
+    """Its record, already on the disk; None for an unmanaged one."""
+    warnings: tuple[str, ...]
+    """One line each, for events."""
+
+
+def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> Answer:
+    """Takes a container in, or leaves it to runc.
+
+    Raises:
+        ArchitectError: it is refused: a bad annotation, or something that cannot be checkpointed.
+    """
+    config = Path(bundle) / "config.json"
+    spec = _read(config)
+    monitor = podman.monitor_words(engine_pid)
+    answer = admission.decide(spec, podman.container_name(monitor), os.uname().machine)
+    if isinstance(answer, admission.Unmanaged):
+        return Answer(None, answer.warnings)
+    rootfs = Path(bundle) / oci.root_path(spec)
+    ours = {
+        key: value for key, value in oci.annotations(spec).items() if key.startswith(PREFIX)
+    }
+    record = ContainerRecord(
+        id=container,
+        namespace=answer.identity.namespace,
+        pod=answer.identity.pod,
+        container=answer.identity.container,
+        bundle=bundle,
+        runtime_root=runtime_root,
+        annotations=ours,
+        engine=podman.command(monitor),
+        rootfs=str(rootfs),
+        shared_ipc=oci.namespaces(spec).get("ipc") is not None,
+    )
+    try:
+        fresh = config.with_name("config.json.architect")
+        fresh.write_text(json.dumps(answer.spec))
+        fresh.chmod(config.stat().st_mode & 0o777)
+        fresh.rename(config)
+        run = paths.CONTAINERS / container
+        run.mkdir(parents=True, mode=0o700, exist_ok=True)
+        (run / "meta.json").write_bytes(msgspec.json.encode(record))
+    except OSError as error:
+        raise BadBundle(
+            what=f"container {answer.identity} cannot be taken in",
+            why=str(error),
+            fix=f"see to it that {paths.RUN} and the bundle can be written",
+        ) from error
+    return Answer(record, answer.warnings)
+
+
+def _read(config: Path) -> dict[str, Any]:
+    try:
+        spec = json.loads(config.read_text())
+    except (OSError, ValueError) as error:
+        raise BadBundle(
+            what=f"{config} cannot be read", why=str(error), fix="remove the container and try again"
+        ) from error
+    if not isinstance(spec, dict):
+        raise BadBundle(what=f"{config} is no OCI bundle", why="it is not a JSON object", fix="")
+    return spec
