@@ -44,6 +44,10 @@ static long (*const load_bytes)(const void *ctx, __u32 offset, void *to,
 #define MARK 0x41720000u // "Ar", the owners' mask in the low half
 #define MARK_MASK 0xffff0000u
 #define MAX_PORTS 1024
+// Carried by the packets that CRIU sends over lo, in a peer's name, to put a
+// restored socket into a half-closed state (SOCCR_MARK in its soccr/soccr.h).
+// Held, they would arrive after the socket has been given to its program.
+#define CRIU_MARK 0xC114
 // RFC 8200 knows seven extension headers, and no sane packet repeats them.
 #define MAX_EXTENSIONS 7
 
@@ -186,7 +190,7 @@ __attribute__((noinline)) int judge(struct __sk_buff *skb, __u32 transport,
 		return PASS;
 	key = (__u32)protocol << 16 | net16(destination);
 	port = map_lookup(&ports, &key);
-	if (!port)
+	if (!port || skb->mark == CRIU_MARK)
 		return PASS;
 	count_activity(port->activity);
 	mode = map_lookup(&modes, &zero);

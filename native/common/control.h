@@ -18,7 +18,8 @@
 #define RUN_DIR "/run/architect"
 #define DAEMON_SOCKET RUN_DIR "/architectd.sock"
 #define CONTAINERS_DIR RUN_DIR "/containers"
-#define LIBEXEC_DIR "/usr/local/lib/architect/libexec"
+#define PREFIX_DIR "/usr/local/lib/architect"
+#define LIBEXEC_DIR PREFIX_DIR "/libexec"
 
 enum { MESSAGE_MAX = 4096 };
 

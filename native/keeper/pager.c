@@ -218,6 +218,8 @@ static int release(void)
 {
 	struct pager_status *status = &shared->status;
 
+	if (!criu_drain())
+		return 0;
 	tasks_close_dead();
 	if (status->tasks)
 		return 0;
@@ -303,6 +305,7 @@ static void resume(void)
 		break;
 	case PAGER_FILLING:
 	case PAGER_STALLED:
+		criu_hang_up(shared->directory);
 		error = load();
 		lock_records();
 		if (error)
@@ -310,8 +313,12 @@ static void resume(void)
 		else
 			set_state(PAGER_FILLING); /* what is unreadable is tried again */
 		break;
-	default:
+	case PAGER_IDLE:
+	case PAGER_DONE:
+		criu_hang_up(shared->directory);
 		break;
+	case PAGER_FAILED:
+		break; /* until release */
 	}
 }
 
@@ -432,7 +439,6 @@ static void hear_criu(void)
 		criu_hang_up(shared->directory);
 		break;
 	case CRIU_LOST:
-		criu_hang_up(shared->directory);
 		fail(PAGER_FAILED, error);
 		break;
 	case CRIU_NONE:
@@ -453,9 +459,11 @@ static struct pollfd *fill_set(void)
 	}
 	set[0] = (struct pollfd){ to_pager, POLLIN, 0 };
 	set[1] = (struct pollfd){ keeper_gone ? -1 : keeper, POLLIN, 0 };
-	set[2] = (struct pollfd){ shared->connection, POLLIN, 0 };
+	set[2] = (struct pollfd){ -1, POLLIN, 0 };
 	if (state() == PAGER_ARMED)
 		set[2].fd = shared->listener;
+	if (state() == PAGER_RESTORING)
+		set[2].fd = shared->connection;
 	for (uint32_t i = 0; i < shared->task_count; i++) {
 		int open = shared->tasks[i].state == TASK_OPEN && tasks_loaded();
 

@@ -4,7 +4,8 @@
  * each process, its pid as a 4-byte integer and then its userfaultfd; a negative pid, without descriptor,
  * is a zombie. A magic word comes when all processes are about to run (CRIU 4: criu/uffd.c, send_uffd and
  * lazy_pages_finish_restore). CRIU waits for no answer: nothing it sends may get lost with a dying pager,
- * so it is received into shared memory.
+ * so it is received into shared memory. A userfaultfd that is still on its way in a socket is let go with
+ * the socket, and its process reads zeros: no socket is closed before all has been taken out of it.
  *
  * Who calls it: pager.c.
  */
@@ -157,6 +158,20 @@ enum criu_news criu_read(int *error)
 	return result ? CRIU_RUNNING : CRIU_NONE;
 }
 
+int criu_drain(void)
+{
+	int result;
+
+	if (shared->listener >= 0)
+		criu_accept();
+	if (shared->connection < 0)
+		return 1;
+	do
+		result = receive();
+	while ((result > 0 && shared->greeting.pid != ALL_RUN) || result == -ESRCH);
+	return result != 0;
+}
+
 void criu_hang_up(int directory)
 {
 	if (directory >= 0)
@@ -180,8 +195,6 @@ static int is_ours(int fd, int *listens)
 
 void criu_recover(void)
 {
-	int armed = shared->status.state == PAGER_ARMED;
-	int restoring = armed || shared->status.state == PAGER_RESTORING;
 	struct rlimit limit;
 
 	shared->listener = shared->connection = -1;
@@ -192,9 +205,9 @@ void criu_recover(void)
 
 		if (!is_ours(fd, &listens))
 			continue;
-		if (armed && listens && shared->listener < 0)
+		if (listens && shared->listener < 0)
 			shared->listener = fd;
-		else if (restoring && !listens && shared->connection < 0)
+		else if (!listens && shared->connection < 0)
 			shared->connection = fd;
 		else
 			close(fd);

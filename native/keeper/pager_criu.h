@@ -12,7 +12,10 @@ enum criu_news { CRIU_NONE, CRIU_RUNNING, CRIU_LOST };
  * or sent what cannot be served; *error says why. */
 enum criu_news criu_read(int *error);
 
-/* Closes both sockets and removes the name from the directory. */
+/* Takes what CRIU has sent for a restore that is given up: the processes are recorded, not served. Returns
+ * whether nothing more can come. */
+int criu_drain(void);
+/* Closes both sockets and removes the name from the directory. Only after the last word, or criu_drain. */
 void criu_hang_up(int directory);
 /* Finds the sockets of a pager that was killed, recorded or not. */
 void criu_recover(void);

@@ -578,7 +578,7 @@ void tasks_close_dead(void)
 
 int tasks_adopt(int pid, int fd)
 {
-	const struct pagemap *map = checkpoint_find(checkpoint, pid);
+	const struct pagemap *map = checkpoint ? checkpoint_find(checkpoint, pid) : NULL;
 	uint32_t index = shared->task_count;
 
 	/* The last pager may have been killed right after it had recorded this one. */

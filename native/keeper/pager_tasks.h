@@ -24,7 +24,8 @@ void tasks_forget(void);
 /* Whether tasks_load has been called: without it nothing may be read from a userfaultfd. */
 int tasks_loaded(void);
 
-/* CRIU's process pid with its userfaultfd. Returns 0 or -errno: -ESRCH if the checkpoint has no such pid. */
+/* CRIU's process pid with its userfaultfd. Returns 0 or -errno: -ESRCH if no checkpoint is loaded, or it has
+ * no such pid; the process is recorded all the same. */
 int tasks_adopt(int pid, int fd);
 /* Reads and applies the events that wait on the userfaultfd of task index. */
 enum outcome tasks_read_events(unsigned index);

@@ -25,7 +25,7 @@
 
 #define MANAGED_ANNOTATION "architect.loopholelabs.io/managed-containers"
 #define KEEPER LIBEXEC_DIR "/keeper"
-#define ADMIT LIBEXEC_DIR "/architect-admit"
+#define ADMIT PREFIX_DIR "/venv/bin/architect-admit"
 
 static const char *runc_path(void)
 {

@@ -186,6 +186,18 @@ def test_without_the_gate_the_pod_would_reset(network: Network, gate: Gate) -> N
     assert network.resets() == 1
 
 
+def test_packets_of_criu_pass_unseen(network: Network, gate: Gate) -> None:
+    """CRIU fakes a peer's FIN or ACK over lo, marked 0xC114, while the gate is closed."""
+    server = network.server(socket.AF_INET, socket.SOCK_DGRAM)
+    caller = network.caller(socket.AF_INET, socket.SOCK_DGRAM, "lo")
+    caller.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0xC114)
+    for mode in (Mode.HOLD, Mode.DROP):
+        gate.set_mode(0, mode)
+        caller.send(b"x")
+        assert received(server) == b"x"
+    assert gate.activity(0) == Activity(0, 0, 0, 0)
+
+
 def test_bulk_data_survives_a_hold(network: Network, gate: Gate) -> None:
     client, server = network.connection(socket.AF_INET, "veth")
     gate.set_mode(0, Mode.HOLD)

@@ -171,7 +171,13 @@ static void kill_many(unsigned kills, unsigned seed)
 {
 	uint64_t random = seed ^ 0x5ca1ab1e;
 
+	uint32_t before = UINT32_MAX;
+
 	for (; kills && pager_status()->state != PAGER_DONE; kills--) {
+		/* Too many deaths before the programs run fail the restore: once in each of those states. */
+		while (pager_status()->state == before && before < PAGER_FILLING)
+			hear_pager(10);
+		before = pager_status()->state;
 		sleep_until_killed(&random, next_random(&random, 2) ? 3000 : 300);
 		kill_pager();
 		if (!next_random(&random, 4))
@@ -599,6 +605,31 @@ static void given_up(void)
 	end_keeping(descriptors);
 }
 
+/* No pager survives this restore, while all that CRIU sent is still in its socket: the program waits, and
+ * nothing is let go before it has ended. */
+static void abandoned(void)
+{
+	for (int last = ACCEPTED; last <= LAST_WORD; last++) {
+		struct fixture fixture = set_up((enum instant)last);
+		struct pollfd answer = { from_puppet, POLLIN, 0 };
+
+		tell('r', fixture.lazy, fixture.layout.number[fixture.lazy]);
+		for (int i = 0; i < 5; i++)
+			pager_reaped(SIGKILL);
+		CHECK(pager_status()->state == PAGER_FAILED);
+		succeed_pager();
+		CHECK(!pager_disarm());
+		CHECK(!poll(&answer, 1, 50));
+		CHECK(!settled_orders() && pager_status()->tasks == 1);
+		CHECK(!kill(-fixture.restore, SIGKILL));
+		CHECK(waitpid(fixture.restore, NULL, 0) == fixture.restore);
+		wait_for(PAGER_IDLE);
+		close(to_puppet);
+		close(from_puppet);
+		end_keeping(fixture.descriptors);
+	}
+}
+
 /* The programs are killed before their pages are in. */
 static void killed_programs(void)
 {
@@ -713,6 +744,8 @@ int main(int argc, char **argv)
 		damaged();
 	else if (!strcmp(scenario, "given-up"))
 		given_up();
+	else if (!strcmp(scenario, "abandoned"))
+		abandoned();
 	else if (!strcmp(scenario, "killed"))
 		killed_programs();
 	else if (!strcmp(scenario, "serve") && argc > 3)
