@@ -22,7 +22,7 @@ help: ## Show this list
 
 .PHONY: demo
 demo: install image-valkey ## See a valkey vanish and come back
-	$(VENV)/python -m architect.processes.demo
+	$(VENV)/python examples/valkey/demo.py
 
 .PHONY: test
 test: setup-test install images lint ## All checks and tests; real engines and guests included

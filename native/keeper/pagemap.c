@@ -15,12 +15,15 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum { COMMON_MAGIC = 0x54564319, PAGEMAP_MAGIC = 0x56084025 };
@@ -286,8 +289,6 @@ static int pid_of(const char *name)
 	return strcmp(end, ".img") || pid > INT_MAX ? 0 : (int)pid;
 }
 
-/* getdents64(2) rather than opendir(3): a descriptor opened for it would be left behind in the keeper if
- * the pager were killed here. */
 static int load_all(struct checkpoint *checkpoint)
 {
 	_Alignas(struct dirent) char buffer[4096];
@@ -309,12 +310,37 @@ static int load_all(struct checkpoint *checkpoint)
 	return length < 0 ? -errno : checkpoint->pagemap_count ? 0 : -ENOENT;
 }
 
+/* The pager's descriptors are the keeper's too: one that was open when the pager was killed would stay open
+ * for the container's life, and keep a deleted image's space. So files are opened by a child that shares the
+ * memory but has its own table of descriptors. Returns what work returns, or -errno. */
+static int with_own_descriptors(int (*work)(void *), void *argument)
+{
+	enum { STACK = 64 << 10 };
+	char *stack = malloc(STACK);
+	int status = 0, pid;
+
+	if (!stack)
+		return -ENOMEM;
+	/* CLONE_VFORK: waits for its end, so there is no concurrency in spite of the shared memory. */
+	pid = clone(work, stack + STACK, CLONE_VM | CLONE_VFORK | SIGCHLD, argument);
+	while (pid > 0 && waitpid(pid, &status, 0) < 0 && errno == EINTR)
+		;
+	free(stack);
+	return pid < 0 ? -errno : WIFEXITED(status) ? -WEXITSTATUS(status) : -EINTR;
+}
+
+/* For with_own_descriptors: errors as exit status, which holds every errno. */
+static int load_child(void *checkpoint)
+{
+	return -load_all(checkpoint);
+}
+
 int checkpoint_load(struct checkpoint *checkpoint, int directory)
 {
 	int error;
 
 	*checkpoint = (struct checkpoint){ .directory = directory };
-	error = load_all(checkpoint);
+	error = with_own_descriptors(load_child, checkpoint);
 	if (error)
 		checkpoint_free(checkpoint);
 	return error;
@@ -328,13 +354,29 @@ const struct pagemap *checkpoint_find(const struct checkpoint *checkpoint, int p
 	return NULL;
 }
 
+struct piece {
+	int directory;
+	uint32_t id;
+	off_t start, length;
+};
+
+static int drop_child(void *argument)
+{
+	const struct piece *piece = argument;
+	char name[32];
+	int fd;
+
+	snprintf(name, sizeof name, "pages-%u.img", piece->id);
+	fd = openat(piece->directory, name, O_RDONLY | O_CLOEXEC);
+	return fd < 0 ? errno : posix_fadvise(fd, piece->start, piece->length, POSIX_FADV_DONTNEED);
+}
+
 void checkpoint_drop_cache(const struct checkpoint *checkpoint, size_t index, uint64_t first,
 			   uint64_t count)
 {
 	const struct pages *pages = &checkpoint->pages[index];
 	uint64_t start = first * page_size(), length = count * page_size();
-	char name[32];
-	int fd;
+	struct piece piece = { checkpoint->directory, pages->id, (off_t)start, 0 };
 
 	if (start >= pages->length)
 		return;
@@ -342,12 +384,8 @@ void checkpoint_drop_cache(const struct checkpoint *checkpoint, size_t index, ui
 		length = pages->length - start;
 	/* Pages that are mapped stay in the cache whatever posix_fadvise(2) says. */
 	madvise((void *)(pages->bytes + start), length, MADV_DONTNEED);
-	snprintf(name, sizeof name, "pages-%u.img", pages->id);
-	fd = openat(checkpoint->directory, name, O_RDONLY | O_CLOEXEC);
-	if (fd < 0)
-		return;
-	posix_fadvise(fd, (off_t)start, (off_t)length, POSIX_FADV_DONTNEED);
-	close(fd);
+	piece.length = (off_t)length;
+	with_own_descriptors(drop_child, &piece);
 }
 
 void checkpoint_free(struct checkpoint *checkpoint)

@@ -28,9 +28,10 @@ struct checkpoint {
 	size_t pagemap_count, pages_count;
 };
 
-/* Reads every pagemap in directory and maps the pages. Returns 0 or -errno: -EBADMSG for an image that is
+/* Reads every pagemap in directory and maps the pages. Opens no descriptor that a sudden death could leave
+ * behind. Returns 0 or -errno: -EBADMSG for an image that is
  * no pagemap, -ENODATA for a pages file that is shorter than its pagemaps say, -EOPNOTSUPP for lazy
- * pages that are only in a parent checkpoint. On error checkpoint is empty. */
+ * pages that are only in a parent checkpoint, -EINTR if it was killed. On error checkpoint is empty. */
 int checkpoint_load(struct checkpoint *checkpoint, int directory);
 /* The pagemap of pid, or NULL. */
 const struct pagemap *checkpoint_find(const struct checkpoint *checkpoint, int pid);

@@ -97,24 +97,39 @@ static void set_state(enum pager_state state)
 	notify(to_keeper);
 }
 
+/* What no pager survives is not tried again. Returns whether there was an order at all. */
+static int give_up_orders(void)
+{
+	struct pager_status *status = &shared->status;
+	int any = status->orders_done != status->orders_given;
+
+	for (; status->orders_done != status->orders_given; status->orders_done++) {
+		const struct order *order = &shared->orders[status->orders_done % ORDERS_MAX];
+
+		/* It may have been taken up, all but counted. */
+		if (order->kind == ORDER_ARM && order->directory != shared->directory)
+			close(order->directory);
+	}
+	return any;
+}
+
 void pager_reaped(int wait_status)
 {
 	struct pager_status *status = &shared->status;
-	int ordered = status->orders_done != status->orders_given;
+	int ordered;
 
 	(void)wait_status; /* the reason for a death changes nothing */
 	status->deaths = shared->progress == shared->progress_at_death ? status->deaths + 1 : 1;
 	shared->progress_at_death = shared->progress;
 	if (status->deaths < DEATHS_MAX)
 		return;
+	ordered = give_up_orders();
 	if (!status->error)
 		status->error = EIO;
 	if (status->state == PAGER_FILLING || status->state == PAGER_STALLED)
 		set_state(PAGER_STALLED);
-	else if (ordered || status->state == PAGER_LOADING || status->state == PAGER_ARMED ||
-		 status->state == PAGER_RESTORING)
+	else if (ordered || (status->state != PAGER_IDLE && status->state != PAGER_DONE))
 		set_state(PAGER_FAILED);
-	COMMIT(status->orders_done, status->orders_given); /* what no pager survives is given up */
 }
 
 static int give_order(struct order order)
@@ -403,7 +418,7 @@ static uint64_t fill(void)
 			set_state(PAGER_STALLED);
 		return ENDED_NS;
 	}
-	return outcome == BUSY || outcome == NO_MEMORY ? pause_after(outcome) : 0;
+	return outcome == PLACED ? 0 : pause_after(outcome);
 }
 
 /* One step of whatever there is to do; returns how long to wait for something new, in ns. */

@@ -30,8 +30,8 @@
 
 /* Pages around a fault that come with it; what is nearby is used soon, and 64 KiB cost 10 us. */
 enum { AROUND = 16 };
-/* Bytes placed between two looks for page faults, and the window of the page cache that filling uses. */
-enum { CHUNK = 256 << 10, WINDOW = 1 << 20 };
+/* Bytes placed between two looks for page faults; read ahead of filling; left in the page cache behind it. */
+enum { CHUNK = 256 << 10, AHEAD = 1 << 20, BEHIND = 4 << 20 };
 /* Events read from one task before the next has its turn. */
 enum { EVENTS_A_TURN = 64 };
 
@@ -47,10 +47,9 @@ struct task {
 static struct checkpoint *checkpoint;
 static struct task *tasks; /* parallel to shared->tasks */
 static unsigned task_room;
-static unsigned turn; /* the task that filling is at */
 static uint64_t last_fault;
 static size_t last_index; /* of the pages file that filling last read from */
-static uint64_t last_window;
+static uint64_t last_ahead, last_behind;
 
 uint64_t monotonic_ns(void)
 {
@@ -502,20 +501,29 @@ static int next_run(struct task *task, struct run *run)
 	return 0;
 }
 
-/* Has the disk read on ahead of filling, and frees the page cache behind it: a whole image must not fill
- * the node's memory a second time. */
-static void move_window(const struct task *task, uint64_t page)
+/* Frees the page cache behind filling: an image must not fill the node's memory a second time. */
+static void drop_behind(const struct task *task, uint64_t page)
 {
-	uint64_t pages = WINDOW / page_size(), window = page / pages;
+	uint64_t pages = BEHIND / page_size(), window = page / pages;
 
-	if (window == last_window && task->pages_index == last_index)
+	if (window == last_behind && task->pages_index == last_index)
 		return;
-	if (last_window != UINT64_MAX)
-		checkpoint_drop_cache(checkpoint, last_index, last_window * pages, pages);
+	if (last_behind != UINT64_MAX)
+		checkpoint_drop_cache(checkpoint, last_index, last_behind * pages, pages);
+	last_behind = window;
 	last_index = task->pages_index;
-	last_window = window;
-	madvise((void *)(task->pages->bytes + window * WINDOW),
-		least(2 * WINDOW, task->pages->length - window * WINDOW), MADV_WILLNEED);
+}
+
+/* Has the disk read on ahead of filling. */
+static void read_ahead(const struct task *task, uint64_t page)
+{
+	uint64_t start = page * page_size() / AHEAD * AHEAD;
+
+	if (start == last_ahead)
+		return;
+	last_ahead = start;
+	madvise((void *)(task->pages->bytes + start), least(2 * AHEAD, task->pages->length - start),
+		MADV_WILLNEED);
 }
 
 static enum outcome fill_task(unsigned index)
@@ -526,7 +534,8 @@ static enum outcome fill_task(unsigned index)
 	/* Twice: once from where it was to the end, once from the start. */
 	if (!task->left || (!next_run(task, &run) && !next_run(task, &run)))
 		return NOTHING;
-	move_window(task, run.page);
+	drop_behind(task, run.page);
+	read_ahead(task, run.page);
 	return place(index, run.address, run.page, run.count);
 }
 
@@ -542,22 +551,24 @@ static void close_task(unsigned index)
 		forget(&tasks[index]);
 }
 
+/* The oldest first: once it is complete, its later forks miss nothing. */
 enum outcome tasks_fill(void)
 {
-	for (uint32_t tried = 0; tried < shared->task_count; tried++, turn++) {
+	enum outcome best = NOTHING;
+
+	for (uint32_t i = 0; i < shared->task_count; i++) {
 		enum outcome outcome = NOTHING;
 
-		turn %= shared->task_count;
-		if (shared->tasks[turn].state == TASK_OPEN)
-			outcome = fill_task(turn);
+		if (shared->tasks[i].state == TASK_OPEN)
+			outcome = fill_task(i);
 		if (outcome == TASK_GONE)
-			close_task(turn);
-		if (outcome == BUSY || outcome == NO_MEMORY)
-			turn++;
-		if (outcome != NOTHING)
-			return outcome;
+			close_task(i);
+		if (outcome == PLACED || outcome == UNREADABLE || outcome == TASK_GONE)
+			return PLACED;
+		if (outcome < best)
+			best = outcome;
 	}
-	return NOTHING;
+	return best;
 }
 
 void tasks_close_complete(void)
@@ -652,9 +663,8 @@ int tasks_load(struct checkpoint *of)
 	int error;
 
 	checkpoint = of;
-	turn = 0;
 	last_fault = 0;
-	last_window = UINT64_MAX;
+	last_ahead = last_behind = UINT64_MAX;
 	shared->status.pages_left = shared->status.pages_total = 0;
 	error = start_adopted();
 	for (uint32_t i = 0; i < shared->event_count && !error; i++)

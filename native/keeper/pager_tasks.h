@@ -31,7 +31,7 @@ int tasks_adopt(int pid, int fd);
 enum outcome tasks_read_events(unsigned index);
 /* Serves the page faults that were read: the worst outcome, PLACED if nobody waits any more. */
 enum outcome tasks_settle(void);
-/* Places the next piece of what nobody has asked for yet. */
+/* Places the next piece of what nobody has asked for yet: PLACED if it is worth to go on at once. */
 enum outcome tasks_fill(void);
 /* Closes the userfaultfds of all tasks that miss nothing. */
 void tasks_close_complete(void);

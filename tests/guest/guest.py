@@ -143,6 +143,8 @@ mkdir -p /results
 mount -o ro "$(disk payload)" /payload || systemctl poweroff --force --force
 stty -F /dev/ttyS1 raw
 cut -d ' ' -f 1 /proc/uptime >/results/.boot_s
+# Podman leaves conmon in the caller's cgroup when this is set; users mostly run it from a shell.
+unset INVOCATION_ID
 cd /payload
 sh /payload/.command </dev/null >/dev/ttyS1 2>&1
 code=$?
@@ -409,10 +411,9 @@ def _payload_megabytes(payload: Path) -> int:
     """Size a disk for a directory: its data, a tenth for ext4's own, and room for many inodes."""
     files = 0
     blocks = 0
-    for directory, _, names in os.walk(payload):
-        for name in [directory, *(os.path.join(directory, name) for name in names)]:
-            files += 1
-            blocks += os.lstat(name).st_blocks
+    for path in payload.rglob("*"):
+        files += 1
+        blocks += path.lstat().st_blocks
     return 32 + (blocks * 512 * 11 // 10 >> 20) + (files >> 9)
 
 
@@ -455,7 +456,7 @@ class Guest:
                     *("-b", str(image.root.resolve()), "-F", "raw", str(overlay)),
                 ]
             )
-            with open(scratch / "results", "wb") as results:
+            with (scratch / "results").open("wb") as results:
                 results.truncate(RESULTS_MB << 20)
             started = time.monotonic()
             ended = self._boot(image, scratch, timeout_s)
@@ -478,7 +479,7 @@ class Guest:
             *("-drive", f"file={scratch}/results,if=none,id=results,format=raw,cache=unsafe"),
             *("-device", "virtio-blk-pci,drive=results,serial=results"),
         ]
-        with open(scratch / "qemu", "wb") as log:
+        with (scratch / "qemu").open("wb") as log:
             qemu = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
                 status = qemu.wait(timeout_s)

@@ -120,13 +120,30 @@ static unsigned open_descriptors(void)
 	return count;
 }
 
+static void list_descriptors(void)
+{
+	char name[64], target[256];
+
+	for (int fd = 0; fd < 1024; fd++) {
+		ssize_t length;
+
+		snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
+		length = readlink(name, target, sizeof target);
+		if (length > 0)
+			fprintf(stderr, "%d: %.*s\n", fd, (int)length, target);
+	}
+}
+
 static void end_keeping(unsigned descriptors)
 {
 	CHECK(!pager_disarm());
 	wait_for(PAGER_IDLE);
 	for (int fd = 0; fd < 1024; fd++)
 		CHECK(!uffd_is_one(fd));
-	CHECK(open_descriptors() == descriptors);
+	if (open_descriptors() != descriptors) {
+		list_descriptors();
+		fail_with_status("descriptors are left open");
+	}
 	kill_pager();
 }
 
@@ -184,12 +201,16 @@ static void kill_many(unsigned kills, unsigned seed)
 			sleep_until_killed(&random, 3000);
 		succeed_pager();
 		/* Five deaths too fast for any progress are allowed to stall it; not to lose anything. */
-		if (pager_status()->state == PAGER_STALLED)
+		if (pager_status()->state == PAGER_STALLED && settled_orders())
 			CHECK(!pager_arm(images));
 	}
-	if (!kills)
-		return;
-	printf("all in before the last %u kills\n", kills);
+	/* Given up by the last pagers' deaths, or never taken up. */
+	while (!settled_orders())
+		hear_pager(10);
+	if (pager_status()->state == PAGER_STALLED)
+		CHECK(!pager_arm(images));
+	if (kills)
+		printf("all in before the last %u kills\n", kills);
 }
 
 /* churn SEED KILLS PROGRAMS THREADS STEPS PAGES */

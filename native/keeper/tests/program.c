@@ -13,11 +13,13 @@
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
@@ -476,6 +478,7 @@ static pid_t start_program(const struct wanted *wanted, unsigned which)
 		CHECK(read(wanted->greeted[0], &byte, 1) == 1);
 		return pid;
 	}
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	become_restored(&layout, which, wanted->connection);
 	CHECK(write(wanted->greeted[1], &byte, 1) == 1);
 	close(wanted->go[1]);
@@ -506,6 +509,7 @@ int restore_main(int argc, char **argv)
 	int result = 0, status;
 
 	CHECK(argc == 7);
+	prctl(PR_SET_PDEATHSIG, SIGKILL); /* a test that fails leaves nothing behind */
 	wanted.programs = (unsigned)atoi(argv[1]);
 	wanted.threads = (unsigned)atoi(argv[2]);
 	wanted.steps = (unsigned)atoi(argv[3]);

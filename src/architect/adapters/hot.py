@@ -47,11 +47,7 @@ def prepare() -> None:
         raise HotError(f"{paths.BUNDLE}", "CRIU is not installed there", "run `make install`")
     here = paths.HOT / "criu"
     copied = here / "VERSION"
-    if (
-        copied.exists()
-        and copied.read_bytes() == version.read_bytes()
-        and _KERNEL_CACHE.exists()
-    ):
+    if copied.exists() and copied.read_bytes() == version.read_bytes() and _KERNEL_CACHE.exists():
         return
     if not paths.HOT.is_mount():
         paths.HOT.mkdir(parents=True, exist_ok=True)

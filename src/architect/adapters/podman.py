@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def monitor_words(pid: int) -> list[str]:
 
 def container_name(words: Sequence[str]) -> str | None:
     """The container's name out of conmon's command line; None for another engine's monitor."""
-    for flag, value in zip(words, words[1:], strict=False):
+    for flag, value in pairwise(words):
         if flag in ("-n", "--name"):
             return value
     return None
@@ -38,9 +39,9 @@ def container_name(words: Sequence[str]) -> str | None:
 
 def command(words: Sequence[str]) -> list[str]:
     """``podman`` with the global flags of the instance that started this conmon; empty if not found."""
-    found = [value for flag, value in zip(words, words[1:], strict=False) if flag == "--exit-command"]
+    found = [value for flag, value in pairwise(words) if flag == "--exit-command"]
     flags = []
-    for flag, value in zip(words, words[1:], strict=False):
+    for flag, value in pairwise(words):
         if flag == "--exit-command-arg":
             if value == "container":
                 break

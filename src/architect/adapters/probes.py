@@ -125,7 +125,9 @@ def _criu() -> Finding:
 def _kernel_cache() -> Finding:
     there = Path("/run/criu.kdat").exists()
     found = "made" if there else "missing: `architect up` makes it"
-    return _finding("CRIU's kernel cache", there, found, "each wake takes 25 ms longer", needed=False)
+    return _finding(
+        "CRIU's kernel cache", there, found, "each wake takes 25 ms longer", needed=False
+    )
 
 
 def _userfaultfd() -> Finding:
@@ -193,7 +195,11 @@ def _checkpoint_disk() -> Finding:
     free = shutil.disk_usage(place).free
     found = f"{free / 1e9:.1f} GB free at {place}"
     return _finding(
-        "disk", free > 1 << 30, found, "hibernations fail when it is full; containers run on", needed=False
+        "disk",
+        free > 1 << 30,
+        found,
+        "hibernations fail when it is full; containers run on",
+        needed=False,
     )
 
 

@@ -35,9 +35,7 @@ _END: Final = Step(S.ENDED, (A.STOP_IDLE_CLOCK, A.CLEAN_UP))
 
 TABLE: Final[dict[tuple[S, H], Step]] = {
     (S.CREATED, H.STARTED): Step(S.RUNNING, (A.START_IDLE_CLOCK,)),
-    (S.RUNNING, H.IDLE): Step(
-        S.SCALING_DOWN, (A.STOP_IDLE_CLOCK, A.GATE_HOLD, A.START_DUMP)
-    ),
+    (S.RUNNING, H.IDLE): Step(S.SCALING_DOWN, (A.STOP_IDLE_CLOCK, A.GATE_HOLD, A.START_DUMP)),
     # A dump that somebody interrupts is given up at CRIU's next hook, never by a signal.
     (S.SCALING_DOWN, H.WANTED): Step(S.CANCELLING),
     (S.SCALING_DOWN, H.IMAGES_WRITTEN): Step(S.SECURING, (A.KEEP_IMAGES,)),
@@ -55,9 +53,7 @@ TABLE: Final[dict[tuple[S, H], Step]] = {
     (S.COMMITTED_WANTED, H.DUMPED): Step(S.SCALING_UP, (A.REPORT_DOWN, A.START_RESTORE)),
     (S.COMMITTED_WANTED, H.DUMP_FAILED): Step(S.RUNNING, (*_FAILED_DUMP, A.REPORT_DUMP_FAILED)),
     (S.SCALED_DOWN, H.WANTED): Step(S.SCALING_UP, (A.GATE_HOLD, A.START_RESTORE)),
-    (S.SCALING_UP, H.RESTORED): Step(
-        S.FILLING, (A.GATE_OPEN, A.MEND_RUNTIME, A.REPORT_UP)
-    ),
+    (S.SCALING_UP, H.RESTORED): Step(S.FILLING, (A.GATE_OPEN, A.MEND_RUNTIME, A.REPORT_UP)),
     # Held packets stay held: a client that is told nothing tries again, one that is reset does not.
     (S.SCALING_UP, H.RESTORE_FAILED): Step(
         S.STRANDED, (A.GATE_SLEEP, A.REPORT_RESTORE_FAILED, A.SCHEDULE_RETRY)

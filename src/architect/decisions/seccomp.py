@@ -302,14 +302,10 @@ def _others(rule: _Rule) -> list[Sequence[Condition]]:
     values = rule.values(_PROTOCOL)
     if not _admits(values, IPPROTO_MPTCP):
         return [rule.args]
-    if own is None:
-        return [[*others, {"index": _PROTOCOL, "value": IPPROTO_MPTCP, "op": "SCMP_CMP_NE"}]]
     if isinstance(values, _Mask):
-        pieces = _mask_pieces(values)
-    else:
-        mptcp = ((IPPROTO_MPTCP, IPPROTO_MPTCP),)
-        pieces = _range_pieces(_intersection(values, _complement(mptcp)))
-    if others and len(pieces) > 1:
+        raise _InexpressibleError  # one piece for each bit the mask leaves free: too many
+    pieces = _pieces(values)
+    if others and len(pieces) > 1 and own is not None:
         raise _InexpressibleError
     return [[*others, piece] for piece in pieces]
 
@@ -336,35 +332,16 @@ def _masked(mask: int, value: int) -> Condition:
     return {"index": _PROTOCOL, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}
 
 
-def _mask_pieces(values: _Mask) -> list[Condition]:
-    """Return conditions that admit ``values`` whose lower half is not Multipath TCP.
-
-    One for each bit that the mask leaves free: the bits below agree with the number, this differs.
-    The kernel takes a protocol's lower half only, so the upper bits need no such condition.
-    """
+def _pieces(ranges: _Ranges) -> list[Condition]:
+    """Return conditions on the protocol that together admit ``ranges`` but Multipath TCP."""
     found: list[Condition] = []
-    mask, value = values.mask, values.value
-    for bit in (1 << i for i in range(32)):
-        if not mask & bit:
-            mask |= bit
-            found.append(_masked(mask, value | (~IPPROTO_MPTCP & bit)))
-            value |= IPPROTO_MPTCP & bit
-    return found
-
-
-def _range_pieces(ranges: _Ranges) -> list[Condition]:
-    """Return conditions on the protocol that together admit ``ranges``."""
-    found: list[Condition] = []
-    hole = _complement(ranges)
-    if len(hole) == 1 and hole[0][0] == hole[0][1]:
-        return [{"index": _PROTOCOL, "value": hole[0][0], "op": "SCMP_CMP_NE"}]
-    for low, high in ranges:
-        if low == high:
-            found.append(_protocol_is(low))
-        elif low == 0:
+    for low, high in _intersection(ranges, _complement(((IPPROTO_MPTCP, IPPROTO_MPTCP),))):
+        if low == 0:
             found.append({"index": _PROTOCOL, "value": high, "op": "SCMP_CMP_LE"})
         elif high == _TOP:
             found.append({"index": _PROTOCOL, "value": low, "op": "SCMP_CMP_GE"})
+        elif low == high:
+            found.append(_protocol_is(low))
         elif high > _LOW:
             raise _InexpressibleError  # blocks would be told apart by their upper half only
         else:

@@ -49,9 +49,7 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
     if isinstance(answer, admission.Unmanaged):
         return Answer(None, answer.warnings)
     rootfs = Path(bundle) / oci.root_path(spec)
-    ours = {
-        key: value for key, value in oci.annotations(spec).items() if key.startswith(PREFIX)
-    }
+    ours = {key: value for key, value in oci.annotations(spec).items() if key.startswith(PREFIX)}
     record = ContainerRecord(
         id=container,
         namespace=answer.identity.namespace,
@@ -86,7 +84,9 @@ def _read(config: Path) -> dict[str, Any]:
         spec = json.loads(config.read_text())
     except (OSError, ValueError) as error:
         raise BadBundle(
-            what=f"{config} cannot be read", why=str(error), fix="remove the container and try again"
+            what=f"{config} cannot be read",
+            why=str(error),
+            fix="remove the container and try again",
         ) from error
     if not isinstance(spec, dict):
         raise BadBundle(what=f"{config} is no OCI bundle", why="it is not a JSON object", fix="")

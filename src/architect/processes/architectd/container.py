@@ -21,6 +21,7 @@ from typing import Any, Final
 import msgspec
 
 from architect.adapters import (
+    bindable,
     cgroup,
     criu,
     listeners,
@@ -86,6 +87,7 @@ class ManagedContainer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._awake: list[asyncio.Future[None]] = []
         self._asleep: list[asyncio.Future[None]] = []
+        self._changed: list[asyncio.Future[None]] = []
         self._touched = 0
         self._began = 0.0
         self._failure: ArchitectError | None = None
@@ -130,8 +132,8 @@ class ManagedContainer:
         Raises:
             NotAsleep: it could not be, or somebody wanted it awake meanwhile.
         """
-        if self.state is State.FILLING:
-            await self._filled()
+        while self.state is State.FILLING:
+            await self._next_state()
         if self.state is State.RUNNING:
             sessions = self._sessions()
             if sessions:
@@ -141,9 +143,13 @@ class ManagedContainer:
                     fix="end them first",
                 )
             if self._cgroup is not None and self._cgroup.frozen():
-                raise NotAsleep(what=f"{self.name} stays", why="it is paused", fix="unpause it first")
+                raise NotAsleep(
+                    what=f"{self.name} stays", why="it is paused", fix="unpause it first"
+                )
         if self.state is State.CREATED:
-            raise NotAsleep(what=f"{self.name} stays", why="it is not started", fix="start it first")
+            raise NotAsleep(
+                what=f"{self.name} stays", why="it is not started", fix="start it first"
+            )
         if self.state in (State.SCALED_DOWN, State.STRANDED):
             return
         waiter = asyncio.get_running_loop().create_future()
@@ -339,7 +345,9 @@ class ManagedContainer:
         if self._place is not None:
             repaired = self._place.repair()
             if repaired:
-                self._event("Warning", f"put back what was taken from its gate: {', '.join(repaired)}")
+                self._event(
+                    "Warning", f"put back what was taken from its gate: {', '.join(repaired)}"
+                )
             self._place.hold()
 
     def _gate_open(self) -> None:
@@ -443,6 +451,7 @@ class ManagedContainer:
                 why="its pod shares System V IPC objects between containers",
                 fix="give it a pod of its own, or list it in disable-autoscaledown-containers",
             )
+        self._make_bindable()
         if record.mounts is None:
             record.mounts = await mounts.keep(init, self._run / "mnt")
         record.pipes = criu.stdio(init, record.keeper)
@@ -455,6 +464,26 @@ class ManagedContainer:
             pipes=record.pipes,
             join=[kind for kind in ("ipc", "uts") if not _is_host_namespace(init, kind)],
         )
+
+    def _make_bindable(self) -> None:
+        """See :mod:`architect.adapters.bindable`.
+
+        Raises:
+            NotAsleep: connections that the program has closed still have data on the way.
+        """
+        pids = [] if self._cgroup is None else self._cgroup.processes()
+        keeper = self.record.keeper
+        listened = listeners.listening(keeper, [pid for pid in pids if pid != keeper])
+        tcp = {number for protocol, number in listened if protocol == "tcp"}
+        bindable.reserve(keeper, {number for _, number in listened})
+        if bindable.allow_reuse(pids):
+            if bindable.unfinished(keeper, tcp):
+                raise NotAsleep(
+                    what=f"{self.name} is not hibernated yet",
+                    why="connections that it has closed still have data on the way",
+                    fix="none needed: it is tried again",
+                )
+            bindable.clear_finished(keeper, tcp)
 
     def _images_written(self) -> None:
         self.happen(Happening.IMAGES_WRITTEN)
@@ -550,7 +579,9 @@ class ManagedContainer:
             return
         if status.pager_state is PagerState.STALLED and self.record.error is None:
             self.record.error = "page data cannot be read; the program is stalled"
-            self._event("RestoreFailed", f"{self.name}: {self.record.error}; look at the disk's health")
+            self._event(
+                "RestoreFailed", f"{self.name}: {self.record.error}; look at the disk's health"
+            )
         if status.pager_state not in (PagerState.RESTORING, PagerState.FILLING, PagerState.STALLED):
             self.happen(Happening.FILLED)
 
@@ -728,6 +759,7 @@ class ManagedContainer:
 
     def _settle_waiters(self) -> None:
         """Tells those who wait for a state that it is there, or will not come."""
+        _resolve(self._changed, None)
         if self.state in _AWAKE:
             _resolve(self._awake, None)
             why = str(self._failure) if self._failure else f"it was wanted: {self._why}"
@@ -741,9 +773,11 @@ class ManagedContainer:
             _resolve(self._awake, gone)
             _resolve(self._asleep, gone)
 
-    async def _filled(self) -> None:
-        while self.state is State.FILLING:
-            await asyncio.sleep(0.01)
+    async def _next_state(self) -> None:
+        """Returns at the next change of state."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._changed.append(waiter)
+        await waiter
 
     def _task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

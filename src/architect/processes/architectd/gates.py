@@ -90,12 +90,13 @@ class _Shared:
         with contextlib.suppress(GateError, OSError):
             self.gate.drop_owner(owner)
         if not self.wanted:
-            self._gates.forget(self.inode)
-            self.close(remove=True)
+            self._gates.forget(self)
 
-    def close(self, *, remove: bool) -> None:
+    def deafen(self) -> None:
         with contextlib.suppress(GateError, OSError, ValueError):
             asyncio.get_running_loop().remove_reader(self.gate.fileno())
+
+    def close(self, *, remove: bool) -> None:
         with contextlib.suppress(GateError, OSError):
             self.gate.close(remove=remove)
 
@@ -106,6 +107,7 @@ class Gates:
     def __init__(self) -> None:
         self._by_inode: dict[int, _Shared] = {}
         self._lock = asyncio.Lock()
+        self._removals: set[asyncio.Task[None]] = set()
 
     async def join(self, netns: Path, owner: int, wanted: Callable[[], None]) -> Place:
         """A place at the gate of ``netns``; the ``owner`` number of old, or a free one for -1.
@@ -144,14 +146,23 @@ class Gates:
 
     def neighbours(self, place: Place) -> int:
         """How many managed containers are at the same gate, this one included."""
-        return len(place._shared.wanted)  # noqa: SLF001 (one room)
+        return len(place._shared.wanted)
 
-    def forget(self, inode: int) -> None:
-        """A gate has lost its last owner."""
-        self._by_inode.pop(inode, None)
+    def forget(self, shared: _Shared) -> None:
+        """A gate has lost its last owner: takes it away, behind the back of all others' wakes."""
+        del self._by_inode[shared.inode]
+        shared.deafen()
+        task = asyncio.create_task(self._remove(shared))
+        self._removals.add(task)
+        task.add_done_callback(self._removals.discard)
+
+    async def _remove(self, shared: _Shared) -> None:
+        async with self._lock:
+            await asyncio.to_thread(shared.close, remove=True)
 
     def close(self) -> None:
         """Lets go of all gates; filters, rules and modes stay for the next daemon."""
         for shared in self._by_inode.values():
+            shared.deafen()
             shared.close(remove=False)
         self._by_inode.clear()

@@ -49,7 +49,10 @@ def main() -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print("architectd: another architectd runs on this machine; `architect down` ends it", file=sys.stderr)
+        print(
+            "architectd: another architectd runs on this machine; `architect down` ends it",
+            file=sys.stderr,
+        )
         sys.exit(1)
     try:
         hot.make_run_private()

@@ -16,7 +16,8 @@ import msgspec
 
 from architect.adapters import mounts, store
 from architect.adapters.keeper import KeeperError, KeeperStatus, PagerState
-from architect.contract import annotations, paths
+from architect.contract import paths
+from architect.contract.annotations import parse
 from architect.contract.errors import ArchitectError
 from architect.contract.records import RECORD_FORMAT, ContainerRecord, Event
 from architect.contract.states import State
@@ -77,7 +78,9 @@ class Registry:
         """
         answer = door.admit(container, bundle, root, engine_pid)
         for warning in answer.warnings:
-            self._context.events.append(Event(time="", reason="Warning", id=container, message=warning))
+            self._context.events.append(
+                Event(time="", reason="Warning", id=container, message=warning)
+            )
         if answer.record is None:
             return False
         self._containers[container] = self._make(answer.record, State.CREATED)
@@ -102,7 +105,7 @@ class Registry:
             managed.forget()
 
     def _make(self, record: ContainerRecord, state: State) -> ManagedContainer:
-        settings = annotations.parse(record.annotations).container(record.container)
+        settings = parse(record.annotations).container(record.container)
         return ManagedContainer(record, settings, self._context, state)
 
     # ---- after a start of the daemon -----------------------------------------------------------------

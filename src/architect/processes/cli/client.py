@@ -38,7 +38,9 @@ def _connect() -> socket.socket:
         connection.connect(str(paths.DAEMON_SOCKET))
     except PermissionError as error:
         connection.close()
-        raise DaemonAway("architectd cannot be asked", "only root may", "run this as root") from error
+        raise DaemonAway(
+            "architectd cannot be asked", "only root may", "run this as root"
+        ) from error
     except OSError as error:
         connection.close()
         raise DaemonAway(

@@ -135,7 +135,19 @@ def _rows(encoded: str, output: Output) -> None:
         return
     rows = msgspec.json.decode(encoded, type=list[Row])
     _table(
-        ["POD", "CONTAINER", "STATE", "SINCE", "IDLE", "HIBERNATED", "DOWN", "UP", "MEMORY", "DISK", "ERROR"],
+        [
+            "POD",
+            "CONTAINER",
+            "STATE",
+            "SINCE",
+            "IDLE",
+            "HIBERNATED",
+            "DOWN",
+            "UP",
+            "MEMORY",
+            "DISK",
+            "ERROR",
+        ],
         [
             [
                 row.pod,

@@ -43,7 +43,9 @@ def up() -> int:
             ["systemctl", "enable", "--now", _UNIT], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise ServiceError("architectd was not started", done.stderr, "`journalctl -u architectd`")
+            raise ServiceError(
+                "architectd was not started", done.stderr, "`journalctl -u architectd`"
+            )
     else:
         with LOG.open("ab") as log:
             process = subprocess.Popen(

@@ -1,0 +1,1 @@
+"""Benchmarks: each figure beside its peers' in the same run. ``python -m bench`` runs them all."""
