@@ -31,7 +31,7 @@ VALKEY_IMAGE: Final = "localhost/valkey:8"
 PORT: Final = 7000
 """Port of ``SUBJECT``, TCP and UDP."""
 
-_COMMAND_S: Final = 60.0
+_COMMAND_S: Final = 20.0
 _numbers = itertools.count(1)
 
 SUBJECT: Final = """

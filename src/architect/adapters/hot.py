@@ -49,7 +49,7 @@ def prepare() -> None:
     copied = here / "VERSION"
     if copied.exists() and copied.read_bytes() == version.read_bytes() and _KERNEL_CACHE.exists():
         return
-    if not paths.HOT.is_mount():
+    if not _is_mount_point(paths.HOT):
         paths.HOT.mkdir(parents=True, exist_ok=True)
         _mount("tmpfs", paths.HOT, f"size={_SIZE},mode=0700")
     shutil.rmtree(here, ignore_errors=True)
@@ -91,11 +91,17 @@ def make_run_private() -> None:
 
     Must come before anything is mounted there: a bind mount hides what is below it.
     """
-    if paths.RUN.is_mount():
+    if _is_mount_point(paths.RUN):
         return
     subprocess.run(["mount", "--bind", str(paths.RUN), str(paths.RUN)], check=True)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mount(b"none", str(paths.RUN).encode(), None, _MS_PRIVATE, None)
+
+
+def _is_mount_point(place: Path) -> bool:
+    """Path.is_mount compares devices and does not see a bind mount of the same file system."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return any(line.split()[4] == str(place) for line in lines)
 
 
 def _mount(kind: str, place: Path, options: str) -> None:

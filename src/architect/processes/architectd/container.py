@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -20,16 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from architect.adapters import (
-    bindable,
-    cgroup,
-    criu,
-    listeners,
-    mounts,
-    podman,
-    runc_state,
-    sysvipc,
-)
+from architect.adapters import cgroup, criu, mounts, runc_state, sysvipc
 from architect.adapters.events import EventLog
 from architect.adapters.gate import GateError
 from architect.adapters.keeper import Keeper, KeeperError, KeeperStatus, PagerState
@@ -37,23 +26,24 @@ from architect.adapters.store import Store
 from architect.contract import paths
 from architect.contract.annotations import ContainerSettings, Monitor
 from architect.contract.errors import ArchitectError
-from architect.contract.records import ContainerRecord, Event, Row
+from architect.contract.records import ContainerRecord, Row
 from architect.contract.states import Action, Happening, State
-from architect.decisions import idle, life
-from architect.processes.architectd.gates import Gates, Place
+from architect.decisions import life
+from architect.processes.architectd import subject as subjects
+from architect.processes.architectd.clock import IdleClock
+from architect.processes.architectd.gates import Gates
+from architect.processes.architectd.reporter import Reporter
+from architect.processes.architectd.subject import NotAsleep
 
 _RETRY_S: Final = 10.0
 """Seconds after a failed restore until the next try, and after a failed dump at least until the next."""
-_SECOND_NS: Final = 10**9
+_ENGINE_RETRY_S: Final = 0.5
+"""Seconds until an engine that gave no answer is asked again; doubled each time."""
 _AWAKE: Final = (State.RUNNING, State.FILLING)
 
 
 class NotAwake(ArchitectError):
     """The container could not be woken."""
-
-
-class NotAsleep(ArchitectError):
-    """The container could not be hibernated."""
 
 
 @dataclass(slots=True)
@@ -74,25 +64,21 @@ class ManagedContainer:
         self.record = record
         self.settings = settings
         self.state = state
-        self.leases = 0
-        """Engine calls under way that need it awake."""
+        self.clock = IdleClock(record, settings, self._expired)
         self._context = context
         self._run = paths.CONTAINERS / record.id
         self._store = Store(paths.CHECKPOINTS, self._run / "checkpoint", record.id)
         self._keeper: Keeper | None = None
-        self._place: Place | None = None
-        self._cgroup: cgroup.Cgroup | None = None
         self._hook: criu.DumpHook | None = None
-        self._clock: asyncio.TimerHandle | None = None
+        self._report = Reporter(record, context.events)
+        self._retry_timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._awake: list[asyncio.Future[None]] = []
         self._asleep: list[asyncio.Future[None]] = []
         self._changed: list[asyncio.Future[None]] = []
-        self._touched = 0
         self._began = 0.0
         self._failure: ArchitectError | None = None
         self._why = ""
-        self._init = 0
         self._checkpoint_bytes = 0
 
     # ---- what others ask of it -------------------------------------------------------------------
@@ -106,7 +92,7 @@ class ManagedContainer:
         for action in step.actions:
             self._do(action)
         if step.state is not before:
-            self._log("transition", was=before.value, because=happening.value, why=self._why)
+            self._log_transition(before, happening)
             if self.state is not State.ENDED:
                 self.save()
             self._settle_waiters()
@@ -117,7 +103,7 @@ class ManagedContainer:
         Raises:
             NotAwake: its restore failed, or the container ended; its checkpoint is kept.
         """
-        self.touch()
+        self.clock.touch()
         if self.state in _AWAKE or self.state is State.CREATED:
             return
         waiter = asyncio.get_running_loop().create_future()
@@ -135,14 +121,14 @@ class ManagedContainer:
         while self.state is State.FILLING:
             await self._next_state()
         if self.state is State.RUNNING:
-            sessions = self._sessions()
+            sessions = self.clock.sessions()
             if sessions:
                 raise NotAsleep(
                     what=f"{self.name} stays awake",
                     why=f"{sessions} exec session(s) are open",
                     fix="end them first",
                 )
-            if self._cgroup is not None and self._cgroup.frozen():
+            if self.clock.cgroup is not None and self.clock.cgroup.frozen():
                 raise NotAsleep(
                     what=f"{self.name} stays", why="it is paused", fix="unpause it first"
                 )
@@ -167,7 +153,7 @@ class ManagedContainer:
         """Its line in `architect ps`."""
         idle_s = None
         if self.state in _AWAKE:
-            idle_s = round(max(0, time.monotonic_ns() - self._last_activity()) / _SECOND_NS, 1)
+            idle_s = self.clock.idle_s()
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.record.since))
         return Row(
             namespace=self.record.namespace,
@@ -181,7 +167,7 @@ class ManagedContainer:
             last_scale_down_ms=self.record.last_scale_down_ms,
             last_scale_up_ms=self.record.last_scale_up_ms,
             checkpoint_bytes=self._store.size(),
-            memory_bytes=self._cgroup.memory_bytes() if self._cgroup else 0,
+            memory_bytes=self.clock.cgroup.memory_bytes() if self.clock.cgroup else 0,
             error=self.record.error,
         )
 
@@ -194,7 +180,7 @@ class ManagedContainer:
             fresh.rename(file)
         except OSError as error:
             # A full disk must not end a transition half way; the record is only a help.
-            self._log("record not written", error=str(error))
+            self._report.log("record not written", error=str(error))
 
     # ---- beginning and end ---------------------------------------------------------------------------
 
@@ -206,8 +192,8 @@ class ManagedContainer:
         """
         self._keeper = Keeper(self._run / "ctl")
         status = await self._keeper.ask("status")
-        self.record.keeper, self._init = status.keeper, status.init
-        self._cgroup = cgroup.Cgroup.of(status.keeper)
+        self.record.keeper, self.clock.init = status.keeper, status.init
+        self.clock.cgroup = cgroup.Cgroup.of(status.keeper)
         cgroup.return_limits(self.record.lifted)
         self.record.lifted = {}
         await self._join_gate()
@@ -218,20 +204,22 @@ class ManagedContainer:
     async def _join_gate(self) -> None:
         netns = Path(f"/proc/{self.record.keeper}/ns/net")
         try:
-            self._place = await self._context.gates.join(netns, self.record.owner, self._packets)
+            self.clock.place = await self._context.gates.join(
+                netns, self.record.owner, self._packets
+            )
         except ArchitectError as error:
             self.record.error = str(error)
-            self._event("Warning", str(error))
+            self._report.event("Warning", str(error))
             return
-        self.record.owner = self._place.owner
+        self.record.owner = self.clock.place.owner
         if self.record.ports is not None:
-            self._place.set_ports(self.record.ports, self.settings.ignored_ports)
+            self.clock.place.set_ports(self.record.ports, self.settings.ignored_ports)
 
     def started(self) -> None:
         """The engine has started the program."""
         if not self.record.first_started:
             self.record.first_started = time.clock_gettime(time.CLOCK_BOOTTIME)
-        self.touch()
+        self.clock.touch()
         self.happen(Happening.STARTED)
         self.begin_clock()
 
@@ -240,17 +228,17 @@ class ManagedContainer:
         if self.record.ports is None:
             self._task(self._learn_ports())
         elif self.state is State.RUNNING:
-            self._look_in(0.0)
+            self.clock.start(0.0)
 
     def resume(self, status: KeeperStatus, state: State) -> None:
         """Goes on from where another daemon left it; ``state`` is what was found to be true."""
         self.state = state
-        self.touch()
-        if self._place is not None:
+        self.clock.touch()
+        if self.clock.place is not None:
             if state in (State.SCALED_DOWN, State.STRANDED):
                 self._gate_sleep()
             else:
-                self._place.open()
+                self.clock.place.open()
         if state is State.SCALED_DOWN:
             self._checkpoint_bytes = self._store.size()
         elif state is State.RUNNING:
@@ -274,13 +262,15 @@ class ManagedContainer:
 
     def let_go(self) -> None:
         """The daemon ends; the container stays as it is."""
-        self._stop_clock()
+        self.clock.stop()
         if self._keeper is not None:
             self._keeper.close()
 
     def forget(self) -> None:
         """The container has ended, or was never made: leaves nothing of it."""
-        self._stop_clock()
+        self.clock.stop()
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
@@ -289,9 +279,9 @@ class ManagedContainer:
             self._hook = None
         if self._keeper is not None:
             self._keeper.close()
-        if self._place is not None:
-            self._place.leave()
-            self._place = None
+        if self.clock.place is not None:
+            self.clock.place.leave()
+            self.clock.place = None
         mounts.release(self._run / "mnt")
         self._store.drop()
         for name in os.listdir(self._run) if self._run.exists() else ():
@@ -328,39 +318,40 @@ class ManagedContainer:
             case Action.MEND_RUNTIME:
                 self._mend_runtime()
             case Action.START_IDLE_CLOCK:
-                self.touch()
-                self._look_in(self.settings.scaledown_ns / _SECOND_NS)
+                self.clock.touch()
+                self.clock.start()
             case Action.STOP_IDLE_CLOCK:
-                self._stop_clock()
+                self.clock.stop()
             case Action.DROP_IMAGES:
                 self._retire()
             case Action.SCHEDULE_RETRY:
-                self._clock = asyncio.get_running_loop().call_later(_RETRY_S, self._retry)
+                loop = asyncio.get_running_loop()
+                self._retry_timer = loop.call_later(_RETRY_S, self._retry)
             case Action.CLEAN_UP:
                 self.forget()
             case _:
-                self._report(action)
+                self._tell(action)
 
     def _gate_hold(self) -> None:
-        if self._place is not None:
-            repaired = self._place.repair()
+        if self.clock.place is not None:
+            repaired = self.clock.place.repair()
             if repaired:
-                self._event(
+                self._report.event(
                     "Warning", f"put back what was taken from its gate: {', '.join(repaired)}"
                 )
-            self._place.hold()
+            self.clock.place.hold()
 
     def _gate_open(self) -> None:
-        if self._place is not None:
-            self._place.open()
+        if self.clock.place is not None:
+            self.clock.place.open()
 
     def _gate_sleep(self) -> None:
-        if self._place is None:
+        if self.clock.place is None:
             return
         if self.settings.monitor is Monitor.NONE:
-            self._place.drop()
+            self.clock.place.drop()
         else:
-            self._place.hold()
+            self.clock.place.hold()
 
     def _packets(self) -> None:
         """Packets for its ports are held."""
@@ -373,13 +364,15 @@ class ManagedContainer:
             self.happen(Happening.WANTED)
 
     def _awake_is_wanted(self) -> bool:
-        return bool(self._awake) or self._place is None or self._place.activity().held > 0
+        return bool(self._awake) or self.clock.place is None or self.clock.place.activity().held > 0
 
     def _mend_runtime(self) -> None:
         try:
-            runc_state.point_to(self.record.runtime_root, self.record.id, self._init)
+            runc_state.point_to(self.record.runtime_root, self.record.id, self.clock.init)
         except (OSError, ValueError, KeyError) as error:
-            self._event("Warning", f"runc does not know the new init, exec will fail: {error}")
+            self._report.event(
+                "Warning", f"runc does not know the new init, exec will fail: {error}"
+            )
 
     # ---- hibernation -----------------------------------------------------------------------------------
 
@@ -389,10 +382,12 @@ class ManagedContainer:
         generation = self.record.generation + 1
         images: Path | None = None
         try:
-            if self._keeper is None:
+            if self._keeper is None or self.clock.cgroup is None:
                 raise KeeperError(what="no keeper", why="not attached", fix="restart architectd")
             self._retire()
-            subject = await self._subject()
+            subject = await subjects.prepare(
+                self.record, self._run, self.clock.init, self.clock.cgroup
+            )
             await self._keeper.ask("dump-begin")
             images = self._store.begin(generation)
             self.record.generation = generation
@@ -438,53 +433,6 @@ class ManagedContainer:
         else:
             self.happen(Happening.DUMP_FAILED)
 
-    async def _subject(self) -> criu.Subject:
-        """Everything CRIU must be told.
-
-        Raises:
-            ArchitectError: the container has something that would be lost.
-        """
-        record, init = self.record, self._init
-        if record.shared_ipc and sysvipc.objects(record.keeper):
-            raise NotAsleep(
-                what=f"{self.name} cannot be hibernated",
-                why="its pod shares System V IPC objects between containers",
-                fix="give it a pod of its own, or list it in disable-autoscaledown-containers",
-            )
-        self._make_bindable()
-        if record.mounts is None:
-            record.mounts = await mounts.keep(init, self._run / "mnt")
-        record.pipes = criu.stdio(init, record.keeper)
-        return criu.Subject(
-            init=init,
-            keeper=record.keeper,
-            rootfs=record.rootfs,
-            netns_inode=os.stat(f"/proc/{record.keeper}/ns/net").st_ino,  # noqa: PTH116
-            mounts=record.mounts,
-            pipes=record.pipes,
-            join=[kind for kind in ("ipc", "uts") if not _is_host_namespace(init, kind)],
-        )
-
-    def _make_bindable(self) -> None:
-        """See :mod:`architect.adapters.bindable`.
-
-        Raises:
-            NotAsleep: connections that the program has closed still have data on the way.
-        """
-        pids = [] if self._cgroup is None else self._cgroup.processes()
-        keeper = self.record.keeper
-        listened = listeners.listening(keeper, [pid for pid in pids if pid != keeper])
-        tcp = {number for protocol, number in listened if protocol == "tcp"}
-        bindable.reserve(keeper, {number for _, number in listened})
-        if bindable.allow_reuse(pids):
-            if bindable.unfinished(keeper, tcp):
-                raise NotAsleep(
-                    what=f"{self.name} is not hibernated yet",
-                    why="connections that it has closed still have data on the way",
-                    fix="none needed: it is tried again",
-                )
-            bindable.clear_finished(keeper, tcp)
-
     def _images_written(self) -> None:
         self.happen(Happening.IMAGES_WRITTEN)
 
@@ -513,14 +461,14 @@ class ManagedContainer:
 
     async def _settle(self) -> None:
         """Frees what the program used and makes the digests; of no concern to a wake that comes now."""
-        if self._cgroup is not None:
-            self._cgroup.reclaim()
+        if self.clock.cgroup is not None:
+            self.clock.cgroup.reclaim()
         try:
             await asyncio.to_thread(self._store.digest_pages)
             self._store.drop_page_cache()
         except OSError as error:
             if self.state is State.SCALED_DOWN:
-                self._event("Warning", f"page data has no digests: {error}")
+                self._report.event("Warning", f"page data has no digests: {error}")
 
     # ---- wake ------------------------------------------------------------------------------------------
 
@@ -532,8 +480,8 @@ class ManagedContainer:
             self._store.verify()
             if not self.record.shared_ipc:
                 sysvipc.remove_all(self.record.keeper)
-            if self._cgroup is not None:
-                self.record.lifted = self._cgroup.lift_limits()
+            if self.clock.cgroup is not None:
+                self.record.lifted = self.clock.cgroup.lift_limits()
                 if self.record.lifted:
                     self.save()
             status = await self._keeper.ask("wake", timeout_s=120.0)
@@ -552,12 +500,14 @@ class ManagedContainer:
             self._return_limits()
             self.happen(Happening.RESTORE_FAILED)
             return
-        self._init = status.init
+        self.clock.init = status.init
         self.record.last_scale_up_ms = _since(self._began)
-        self.touch()
+        self.clock.touch()
         self.happen(Happening.RESTORED)
         self._return_limits()
-        self._news(status)
+        # Asked anew: the news that the last page is in may have come before the state was FILLING.
+        with contextlib.suppress(KeeperError):
+            self._news(await self._keeper.ask("status"))
 
     def _return_limits(self) -> None:
         if self.record.lifted:
@@ -571,7 +521,7 @@ class ManagedContainer:
             self.happen(Happening.EXITED)
             return
         if status.phase == "running" and self.state in (State.SCALED_DOWN, State.STRANDED):
-            self._init = status.init
+            self.clock.init = status.init
             self.record.last_scale_up_ms = None
             self._why = "signal"
             self.happen(Happening.RESTORED)
@@ -579,7 +529,7 @@ class ManagedContainer:
             return
         if status.pager_state is PagerState.STALLED and self.record.error is None:
             self.record.error = "page data cannot be read; the program is stalled"
-            self._event(
+            self._report.event(
                 "RestoreFailed", f"{self.name}: {self.record.error}; look at the disk's health"
             )
         if status.pager_state not in (PagerState.RESTORING, PagerState.FILLING, PagerState.STALLED):
@@ -597,117 +547,56 @@ class ManagedContainer:
         with contextlib.suppress(OSError):
             damaged = await asyncio.to_thread(self._store.damaged_pages, place)
             if damaged:
-                self._event(
+                self._report.event(
                     "CheckpointDamaged",
                     f"{self.name} was woken from page data that differs from what was written "
                     f"({', '.join(damaged[:3])}); restart it, and look at the disk's health",
                 )
         await asyncio.to_thread(self._store.discard, place)
 
-    # ---- the idle clock ------------------------------------------------------------------------------
-
-    def touch(self) -> None:
-        """Something counts as activity now."""
-        self._touched = time.monotonic_ns()
-
-    def _last_activity(self) -> int:
-        seen = 0
-        if self._place is not None:
-            with contextlib.suppress(GateError, OSError):
-                seen = self._place.activity().last_ns
-        return max(self._touched, seen)
-
-    def _sessions(self) -> int:
-        """Open exec sessions, and engine calls under way that may become one."""
-        if self._cgroup is None:
-            return self.leases
-        pids = self._cgroup.processes()
-        return self.leases + len(cgroup.outsiders(pids, self._init, self.record.keeper))
-
-    def _look_in(self, seconds: float) -> None:
-        self._stop_clock()
-        if self.settings.autoscaledown and self.record.ports is not None:
-            self._clock = asyncio.get_running_loop().call_later(seconds, self._look)
-
-    def _stop_clock(self) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
-
-    def _look(self) -> None:
-        """The idle clock has run out: may it hibernate?"""
-        if self.state is not State.RUNNING or self._cgroup is None or self._place is None:
-            return
-        now = time.monotonic_ns()
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - self.record.first_started
-        delay = self.settings.initial_delay_ns
-        connections = 0
-        if self.settings.monitor is Monitor.CONNECTIONS:
-            ports = {number for protocol, number in self.record.ports or () if protocol == "tcp"}
-            connections = listeners.established(
-                self.record.keeper, ports - self.settings.ignored_ports
-            )
-        verdict = idle.judge(
-            idle.Observed(
-                now=now,
-                last_activity=self._last_activity(),
-                scaledown=self.settings.scaledown_ns,
-                not_before=now + delay - int(age * _SECOND_NS) if delay else 0,
-                sessions=self._sessions(),
-                connections=connections,
-                paused=self._cgroup.frozen(),
-            )
-        )
-        if isinstance(verdict, idle.Wait):
-            self._look_in(max(0.05, (verdict.until - now) / _SECOND_NS))
-        else:
-            self._why = "idle"
-            self.happen(Happening.IDLE)
+    def _expired(self) -> None:
+        """The idle clock has run out."""
+        self._why = "idle"
+        self.happen(Happening.IDLE)
 
     async def _learn_ports(self) -> None:
         """Asks the engine for the declared ports; tries again until it answers."""
-        delay = 0.5
-        while self.record.ports is None:
+        delay = _ENGINE_RETRY_S
+        while self.record.ports is None and self.clock.cgroup is not None:
             try:
-                ports = await podman.declared_ports(self.record.engine, self.record.id)
-                self.record.ports = self._own(ports)
+                ports = await subjects.declared_ports(self.record, self.clock.cgroup)
+                self.record.ports = ports
             except (ArchitectError, OSError) as error:
-                self._log("ports unknown", error=str(error))
+                self._report.log("ports unknown", error=str(error))
                 await asyncio.sleep(delay)
-                delay = min(delay * 2, 30.0)
-        if self._place is not None:
+                delay = min(delay * 2, _RETRY_S)
+        if self.record.ports is None:
+            return
+        if self.clock.place is not None:
             try:
-                self._place.set_ports(self.record.ports, self.settings.ignored_ports)
+                self.clock.place.set_ports(self.record.ports, self.settings.ignored_ports)
             except GateError as error:
                 self.record.error = str(error)
-                self._event("Warning", f"{self.name}: {error}; the container stays awake")
-                self._place.leave()
-                self._place = None
+                self._report.event("Warning", f"{self.name}: {error}; the container stays awake")
+                self.clock.place.leave()
+                self.clock.place = None
         if not self.record.ports and self.settings.monitor is not Monitor.NONE:
-            self._event(
+            self._report.event(
                 "Warning",
                 f"{self.name} declares no ports, so no traffic wakes it; publish or expose the ports",
             )
         self.save()
         if self.state is State.RUNNING:
-            self._look_in(0.0)
-
-    def _own(self, ports: list[tuple[str, int]]) -> list[tuple[str, int]]:
-        """Of a pod's ports, those that are this container's: all but the ones others listen on."""
-        if self._cgroup is None or self.record.pod == self.record.container:
-            return ports
-        own = listeners.listening(self.record.keeper, self._cgroup.processes())
-        every = listeners.listening(self.record.keeper)
-        return [port for port in ports if port in own or port not in every]
+            self.clock.start(0.0)
 
     # ---- reports -----------------------------------------------------------------------------------------
 
-    def _report(self, action: Action) -> None:
+    def _tell(self, action: Action) -> None:
         if action is Action.REPORT_DOWN:
             self.record.hibernations += 1
             self.record.error = None
             self.record.last_scale_down_ms = _since(self._began)
-            self._event(
+            self._report.event(
                 "ScaledDown",
                 f"{self.name} hibernated: {self._why}",
                 self.record.last_scale_down_ms,
@@ -716,46 +605,25 @@ class ManagedContainer:
         elif action is Action.REPORT_UP:
             self.record.error = None
             message = f"{self.name} woke: {self._why}"
-            self._event("ScaledUp", message, self.record.last_scale_up_ms)
+            self._report.event("ScaledUp", message, self.record.last_scale_up_ms)
         elif action is Action.REPORT_CANCELLED:
-            self._log("dump cancelled", because=self._why, ms=_since(self._began))
+            self._report.log("dump cancelled", because=self._why, ms=_since(self._began))
         elif action in (Action.REPORT_DUMP_FAILED, Action.REPORT_RESTORE_FAILED):
             self.record.error = str(self._failure or "unknown")
             down = action is Action.REPORT_DUMP_FAILED
-            self._event("CheckpointFailed" if down else "RestoreFailed", self.record.error)
+            self._report.event("CheckpointFailed" if down else "RestoreFailed", self.record.error)
 
-    def _event(
-        self, reason: str, message: str, duration_ms: float | None = None, size: int | None = None
-    ) -> None:
-        self._context.events.append(
-            Event(
-                time="",
-                reason=reason,
-                namespace=self.record.namespace,
-                pod=self.record.pod,
-                container=self.record.container,
-                id=self.record.id,
-                message=message,
-                duration_ms=duration_ms,
-                bytes=size,
-            )
+    def _log_transition(self, before: State, happening: Happening) -> None:
+        self._report.log(
+            "transition",
+            state=self.state.value,
+            was=before.value,
+            because=happening.value,
+            why=self._why,
+            down_ms=self.record.last_scale_down_ms,
+            up_ms=self.record.last_scale_up_ms,
+            bytes=self._checkpoint_bytes,
         )
-
-    def _log(self, what: str, **details: Any) -> None:
-        line = {
-            "time": round(time.time(), 3),
-            "what": what,
-            "pod": self.record.pod,
-            "container": self.record.container,
-            "id": self.record.id[:12],
-            "state": self.state.value,
-            **details,
-        }
-        if what == "transition":
-            line["down_ms"] = self.record.last_scale_down_ms
-            line["up_ms"] = self.record.last_scale_up_ms
-            line["bytes"] = self._checkpoint_bytes
-        print(json.dumps(line), file=sys.stderr, flush=True)
 
     def _settle_waiters(self) -> None:
         """Tells those who wait for a state that it is there, or will not come."""
@@ -787,7 +655,7 @@ class ManagedContainer:
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            self._log("internal error", error=repr(task.exception()))
+            self._report.log("internal error", error=repr(task.exception()))
 
 
 def _resolve(waiters: list[asyncio.Future[None]], error: ArchitectError | None) -> None:
@@ -808,8 +676,3 @@ def _as_error(error: Exception, what: str) -> ArchitectError:
 
 def _since(began: float) -> float:
     return round((time.monotonic() - began) * 1000, 1)
-
-
-def _is_host_namespace(pid: int, kind: str) -> bool:
-    mine = os.stat(f"/proc/self/ns/{kind}").st_ino  # noqa: PTH116
-    return os.stat(f"/proc/{pid}/ns/{kind}").st_ino == mine  # noqa: PTH116

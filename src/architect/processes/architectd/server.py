@@ -104,7 +104,7 @@ class Server:
         if managed is None:
             writer.write(b"ok\n")
             return
-        managed.leases += 1
+        managed.clock.leases += 1
         try:
             try:
                 await managed.wake(request.verb)
@@ -115,8 +115,8 @@ class Server:
             await writer.drain()
             await reader.read()
         finally:
-            managed.leases -= 1
-            managed.touch()
+            managed.clock.leases -= 1
+            managed.clock.touch()
 
     # ---- the command line ---------------------------------------------------------------------------------
 

@@ -1,0 +1,113 @@
+"""The idle clock of one container: gathers what is known, asks :mod:`architect.decisions.idle`.
+
+Called by :class:`.container.ManagedContainer`, which starts and stops it as its state says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Final
+
+from architect.adapters import cgroup, listeners
+from architect.adapters.gate import GateError
+from architect.contract.annotations import ContainerSettings, Monitor
+from architect.contract.records import ContainerRecord
+from architect.decisions import idle
+from architect.processes.architectd.gates import Place
+
+_SECOND_NS: Final = 10**9
+_SHORTEST_S: Final = 0.05
+"""Seconds between two looks at the least, whatever the rounding."""
+
+
+class IdleClock:
+    """Calls ``expired`` once the container has been idle for its scaledown duration."""
+
+    def __init__(
+        self, record: ContainerRecord, settings: ContainerSettings, expired: Callable[[], None]
+    ) -> None:
+        self.leases = 0
+        """Engine calls under way that need the container awake."""
+        self.place: Place | None = None
+        self.cgroup: cgroup.Cgroup | None = None
+        self.init = 0
+        self._record = record
+        self._settings = settings
+        self._expired = expired
+        self._timer: asyncio.TimerHandle | None = None
+        self._touched = 0
+
+    def touch(self) -> None:
+        """Something counts as activity now."""
+        self._touched = time.monotonic_ns()
+
+    def start(self, first_look_s: float | None = None) -> None:
+        """Lets it run; the first look comes after a whole scaledown duration unless said otherwise."""
+        self.stop()
+        if first_look_s is None:
+            first_look_s = self._settings.scaledown_ns / _SECOND_NS
+        if self._settings.autoscaledown and self._record.ports is not None:
+            self._timer = asyncio.get_running_loop().call_later(first_look_s, self._look)
+
+    def stop(self) -> None:
+        """Stops it."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def idle_s(self) -> float:
+        """Seconds since the last activity."""
+        return round(max(0, time.monotonic_ns() - self._last_activity()) / _SECOND_NS, 1)
+
+    def sessions(self) -> int:
+        """Open exec sessions, and engine calls under way that may become one."""
+        if self.cgroup is None:
+            return self.leases
+        pids = self.cgroup.processes()
+        return self.leases + len(cgroup.outsiders(pids, self.init, self._record.keeper))
+
+    def _last_activity(self) -> int:
+        seen = 0
+        if self.place is not None:
+            with contextlib.suppress(GateError, OSError):
+                seen = self.place.activity().last_ns
+        return max(self._touched, seen)
+
+    def _look(self) -> None:
+        if self.place is None or self.cgroup is None:
+            return
+        now = time.monotonic_ns()
+        verdict = idle.judge(
+            idle.Observed(
+                now=now,
+                last_activity=self._last_activity(),
+                scaledown=self._settings.scaledown_ns,
+                not_before=self._not_before(now),
+                sessions=self.sessions(),
+                connections=self._connections(),
+                paused=self.cgroup.frozen(),
+            )
+        )
+        if isinstance(verdict, idle.Wait):
+            self.start(max(_SHORTEST_S, (verdict.until - now) / _SECOND_NS))
+        else:
+            self._timer = None
+            self._expired()
+
+    def _not_before(self, now: int) -> int:
+        """When the initial delay is over, on the clock of ``now``."""
+        delay = self._settings.initial_delay_ns
+        if not delay:
+            return 0
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - self._record.first_started
+        return now + delay - int(age * _SECOND_NS)
+
+    def _connections(self) -> int:
+        """Open connections, where they keep the container awake."""
+        if self._settings.monitor is not Monitor.CONNECTIONS:
+            return 0
+        ports = {number for protocol, number in self._record.ports or () if protocol == "tcp"}
+        return listeners.established(self._record.keeper, ports - self._settings.ignored_ports)

@@ -1,0 +1,84 @@
+"""What must be known of a container, and seen to, before it is dumped or its idleness can be judged.
+
+Called by :class:`.container.ManagedContainer`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from architect.adapters import bindable, criu, listeners, mounts, podman, sysvipc
+from architect.adapters.cgroup import Cgroup
+from architect.contract.errors import ArchitectError
+from architect.contract.records import ContainerRecord
+
+
+class NotAsleep(ArchitectError):
+    """The container could not be hibernated."""
+
+
+async def prepare(record: ContainerRecord, run: Path, init: int, group: Cgroup) -> criu.Subject:
+    """Everything CRIU must be told; makes sure that the restore will find what it needs.
+
+    Raises:
+        ArchitectError: the container has something that would be lost, or is not ready yet.
+    """
+    name = f"{record.pod}/{record.container}"
+    if record.shared_ipc and sysvipc.objects(record.keeper):
+        raise NotAsleep(
+            what=f"{name} cannot be hibernated",
+            why="its pod shares System V IPC objects between containers",
+            fix="give it a pod of its own, or list it in disable-autoscaledown-containers",
+        )
+    _make_bindable(record.keeper, group, name)
+    if record.mounts is None:
+        record.mounts = await mounts.keep(init, run / "mnt")
+    record.pipes = criu.stdio(init, record.keeper)
+    return criu.Subject(
+        init=init,
+        keeper=record.keeper,
+        rootfs=record.rootfs,
+        netns_inode=Path(f"/proc/{record.keeper}/ns/net").stat().st_ino,
+        mounts=record.mounts,
+        pipes=record.pipes,
+        join=[kind for kind in ("ipc", "uts") if not _is_host_namespace(init, kind)],
+    )
+
+
+def _make_bindable(keeper: int, group: Cgroup, name: str) -> None:
+    """See :mod:`architect.adapters.bindable`."""
+    pids = [pid for pid in group.processes() if pid != keeper]
+    listened = listeners.listening(keeper, pids)
+    tcp = {number for protocol, number in listened if protocol == "tcp"}
+    bindable.reserve(keeper, {number for _, number in listened})
+    if not bindable.allow_reuse(pids):
+        return
+    if bindable.unfinished(keeper, tcp):
+        raise NotAsleep(
+            what=f"{name} is not hibernated yet",
+            why="connections that it has closed still have data on the way",
+            fix="none needed: it is tried again",
+        )
+    bindable.clear_finished(keeper, tcp)
+
+
+def _is_host_namespace(pid: int, kind: str) -> bool:
+    mine = Path(f"/proc/self/ns/{kind}").stat().st_ino
+    return Path(f"/proc/{pid}/ns/{kind}").stat().st_ino == mine
+
+
+async def declared_ports(record: ContainerRecord, group: Cgroup) -> list[tuple[str, int]]:
+    """Ports (protocol, number) that are the container's own.
+
+    An engine knows the ports of a pod, not whose they are: all are the container's but those on which
+    somebody else in the pod listens.
+
+    Raises:
+        ArchitectError: the engine cannot be asked.
+    """
+    ports = await podman.declared_ports(record.engine, record.id)
+    if record.pod == record.container:
+        return ports
+    own = listeners.listening(record.keeper, group.processes())
+    every = listeners.listening(record.keeper)
+    return [port for port in ports if port in own or port not in every]
