@@ -27,6 +27,7 @@
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "../common/control.h"
@@ -46,18 +47,23 @@ static const char *const phase_names[] = { "creating", "running", "dumping", "hi
 
 enum { CLIENTS = 16, ORPHANS = 8, ARGUMENTS = 1024, RECIPE_MAX = 1 << 18 };
 
+/* The longest that a signal waits for a woken program that computes instead of waiting. */
+enum { SETTLE_MS = 100 };
+
 static struct {
 	enum phase phase;
 	pid_t init, job, pager;
 	int directory, listener, signals, ready;
 	int init_status;            /* wait status of the last init; valid while init == 0 */
-	int pending_signal;         /* to be delivered once the init lives again */
+	unsigned long long pending; /* signals (bit n - 1: number n) for when the init lives again */
+	int syscall;                /* /proc/INIT/syscall until the restored init has settled, or -1 */
+	struct timespec settled_by; /* CLOCK_MONOTONIC; it is taken to have settled then */
 	int ending;                 /* somebody killed the container: its end is no hibernation */
 	int eager;                  /* the present restore does without the pager */
 	int restore_waits;          /* a restore begins as soon as the pager has read the checkpoint */
 	int images;                 /* directory of the armed checkpoint, or -1 */
 	int restore_status;         /* wait status of the last failed restore */
-} self = { .directory = -1, .listener = -1, .signals = -1, .ready = -1, .images = -1 };
+} self = { .directory = -1, .listener = -1, .signals = -1, .ready = -1, .images = -1, .syscall = -1 };
 
 enum awaiting { NOTHING, END_OF_DUMP, AWAKE };
 
@@ -162,6 +168,8 @@ static pid_t start(char **argv, int netns)
 	if (netns >= 0)
 		dup2(netns, RESTORE_NETNS_FD);
 	namespaces_leave();
+	/* CRIU is linked with gnutls for encrypted page servers, of which there are none here. */
+	setenv("GNUTLS_NO_IMPLICIT_INIT", "1", 1);
 	execv(argv[0], argv);
 	_exit(127);
 }
@@ -205,13 +213,59 @@ static void deliver(int signal)
 	kill(self.init, signal);
 }
 
+static int is_pending(int signal)
+{
+	return self.pending >> (signal - 1) & 1;
+}
+
+/* A restored init begins anew the system call that it was taken out of. A signal that comes before it is
+ * back in there runs its handler, and then the call waits all the same, where the kernel would have cut
+ * it short (EINTR, signal(7)): a program that acts after its wait would not act. */
+static void watch_settling(void)
+{
+	char path[32];
+
+	namespaces_leave();
+	snprintf(path, sizeof path, "/proc/%d/syscall", self.init);
+	if (self.syscall >= 0)
+		close(self.syscall);
+	self.syscall = open(path, O_RDONLY | O_CLOEXEC);
+	clock_gettime(CLOCK_MONOTONIC, &self.settled_by);
+	self.settled_by.tv_nsec += SETTLE_MS * 1000000;
+	self.settled_by.tv_sec += self.settled_by.tv_nsec / 1000000000;
+	self.settled_by.tv_nsec %= 1000000000;
+}
+
+/* proc_pid_syscall(5): a number in a system call, -1 when blocked elsewhere (a page), else "running". */
+static int is_settling(void)
+{
+	struct timespec now;
+	char text[1];
+
+	if (self.syscall < 0)
+		return 0;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	if ((now.tv_sec < self.settled_by.tv_sec ||
+	     (now.tv_sec == self.settled_by.tv_sec && now.tv_nsec < self.settled_by.tv_nsec)) &&
+	    pread(self.syscall, text, 1, 0) == 1 && (*text == 'r' || *text == '-'))
+		return 1;
+	close(self.syscall);
+	self.syscall = -1;
+	return 0;
+}
+
 static void deliver_pending(void)
 {
-	int signal = self.pending_signal;
-
-	self.pending_signal = 0;
-	if (signal && self.init)
-		deliver(signal);
+	if (!self.pending || !self.init || self.phase != RUNNING)
+		return;
+	if (is_pending(SIGKILL))
+		deliver(SIGKILL);
+	else if (is_settling())
+		return;
+	for (int signal = 1; signal < NSIG; signal++)
+		if (is_pending(signal))
+			deliver(signal);
+	self.pending = 0;
 }
 
 /* The init is gone and its checkpoint is whole. */
@@ -220,9 +274,9 @@ static void hibernate(void)
 	enter_phase(HIBERNATED);
 	arm_pager();
 	answer_awaiting(END_OF_DUMP, NULL);
-	if (self.pending_signal == SIGKILL)
+	if (is_pending(SIGKILL))
 		leave(128 + SIGKILL);
-	if (self.pending_signal || anyone_awaits(AWAKE))
+	if (self.pending || anyone_awaits(AWAKE))
 		start_restore(0);
 }
 
@@ -244,6 +298,8 @@ static void adopt(pid_t init)
 		if (orphans[i].pid == init)
 			leave(exit_code(orphans[i].status));
 	self.init = init;
+	if (self.phase == RESTORING)
+		watch_settling();
 	namespaces_join(init);
 	enter_phase(RUNNING);
 	deliver_pending();
@@ -284,9 +340,9 @@ static void restored(int status)
 	arm_pager();
 	snprintf(text, sizeof text, "restore failed, CRIU's status %d", exit_code(self.restore_status));
 	answer_awaiting(AWAKE, text);
-	if (self.pending_signal == SIGKILL)
+	if (is_pending(SIGKILL))
 		leave(128 + SIGKILL);
-	self.pending_signal = 0;
+	self.pending = 0;
 }
 
 static void reap(void)
@@ -351,7 +407,7 @@ static void start_restore(int eager)
 	self.restore_waits = 0;
 	if (!count) {
 		free(recipe);
-		self.pending_signal = 0;
+		self.pending = 0;
 		enter_phase(HIBERNATED);
 		answer_awaiting(AWAKE, "restore.argv cannot be read");
 		return;
@@ -421,15 +477,18 @@ static void wake(struct client *client)
 
 static void kill_request(int fd, int signal)
 {
-	if (self.phase == RUNNING) {
-		deliver(signal);
+	if (!signal) {
+		/* kill(2): a question whether it is there. */
+	} else if (self.phase == RUNNING) {
+		self.pending |= 1ULL << (signal - 1);
+		deliver_pending();
 	} else if (signal == SIGKILL && self.phase == HIBERNATED) {
 		say(fd, "ok");
 		leave(128 + SIGKILL);
 	} else if (signal == SIGKILL && self.phase == DUMPING) {
 		deliver(signal);
-	} else if (self.pending_signal != SIGKILL) {
-		self.pending_signal = signal;
+	} else {
+		self.pending |= 1ULL << (signal - 1);
 		if (self.phase == HIBERNATED)
 			start_restore(0);
 	}
@@ -543,8 +602,9 @@ static void loop(void)
 		set[2] = (struct pollfd){ .fd = pager_fd(), .events = POLLIN };
 		for (int i = 0; i < CLIENTS; i++)
 			set[3 + i] = (struct pollfd){ .fd = clients[i].fd, .events = POLLIN };
-		if (poll(set, CLIENTS + 3, -1) < 0)
+		if (poll(set, CLIENTS + 3, self.pending && self.phase == RUNNING ? 1 : -1) < 0)
 			continue;
+		deliver_pending();
 		if (set[0].revents) {
 			struct signalfd_siginfo information;
 

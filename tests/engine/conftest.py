@@ -43,3 +43,11 @@ def shared_lab(footprint: support.Footprint) -> Iterator[support.Lab]:
     """Containers that the tests of one module share."""
     with support.lab(footprint) as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def connections() -> Iterator[None]:
+    """Close the test's connections, however it ends."""
+    yield
+    while support.Client.open_ones:
+        support.Client.open_ones.pop().close()

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Self
 
 from architect.contract import paths
 from architect.contract.annotations import (
@@ -355,20 +355,24 @@ class Container:
 class Client:
     """A line-wise connection that stays open."""
 
+    open_ones: ClassVar[list["Client"]] = []
+    """All that were made; those of a test are closed at its end."""
+
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
         self._rest = b""
+        self.open_ones.append(self)
 
     @classmethod
-    def connect(cls, host: str, port: int, deadline: float = 15.0) -> "Client":
+    def connect(cls, host: str, port: int, deadline: float = 15.0) -> Self:
         """Return a connection; ``deadline``, in seconds, holds for every answer too."""
         return cls(socket.create_connection((host, port), timeout=deadline))
 
     @classmethod
-    def when_ready(cls, host: str, port: int, ask: str = "hello") -> "Client":
+    def when_ready(cls, host: str, port: int, ask: str = "hello") -> Self:
         """Return a connection to a server that has just been started."""
 
-        def attempt() -> "Client | None":
+        def attempt() -> Self | None:
             client = None
             try:
                 client = cls.connect(host, port)
@@ -379,7 +383,7 @@ class Client:
                 return None
             return client
 
-        found: Client = wait_until(attempt, f"a server at {host} port {port}")
+        found: Self = wait_until(attempt, f"a server at {host} port {port}")
         return found
 
     def ask(self, line: str) -> str:

@@ -2,10 +2,10 @@
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,6 +20,7 @@ from tests.engine.support import (
     Lab,
     Valkey,
     available,
+    must,
     podman,
     unique,
     wait_until,
@@ -169,34 +170,24 @@ def neighbour(container: Container) -> Iterator[int]:
     address = gateway.rpartition(".")[0] + ".250/16"
     inner, outer = f"ati{container.id[:8]}", f"ato{container.id[:8]}"
     with netns.scratch():
-        place = Path("/proc/thread-self/ns/net").open("rb")
-    with place:
-        _ip("link", "add", outer, "type", "veth", "peer", "name", inner)
+        place = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        there = f"/proc/{os.getpid()}/fd/{place}"
+        _ip("link", "add", outer, "type", "veth", "peer", "name", inner, "netns", there)
         try:
             _ip("link", "set", outer, "master", bridge, "up")
-            with Path("/proc/thread-self/ns/net").open("rb") as home:
-                _ip("link", "set", inner, "netns", f"/proc/self/fd/{place.fileno()}", keep=place.fileno())
-                assert home
-            with netns.entered(place.fileno()):
+            with netns.entered(place):
                 _ip("address", "add", address, "dev", inner)
                 _ip("link", "set", inner, "up")
-                _ip("link", "set", "lo", "up")
-            yield place.fileno()
+            yield place
         finally:
             _ip("link", "del", outer)
+    finally:
+        os.close(place)
 
 
-def _ip(*words: str, keep: int | None = None) -> str:
-    done = subprocess.run(
-        ["ip", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=10,
-        pass_fds=() if keep is None else (keep,),
-    )
-    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
-    return done.stdout
+def _ip(*words: str) -> str:
+    return must("ip", *words, deadline=10)
 
 
 def test_wakes_from_another_network_namespace(echo: Container) -> None:
@@ -218,7 +209,8 @@ def test_wakes_over_ipv6(lab: Lab) -> None:
     network = unique("net6")
     podman("network", "create", "--ipv6", "--subnet", "fd98:a7::/64", network)
     lab.closing.callback(podman, "network", "rm", "-f", network)
-    container = lab.start("six", "python3", "-c", SUBJECT, options=["--network", network])
+    options = ["--network", network, "--expose", f"{PORT}/udp"]
+    container = lab.start("six", "python3", "-c", SUBJECT, options=options)
     address = container.inspect(
         "{{range .NetworkSettings.Networks}}{{.GlobalIPv6Address}}{{end}}"
     )
@@ -242,7 +234,8 @@ def test_wakes_over_lo_from_a_second_container(lab: Lab) -> None:
     container = lab.subject("lo")
     name = unique("sidecar")
     lab.closing.callback(podman, "rm", "-f", "-i", "-t", "0", name)
-    words = ["podman", "run", "-i", "--rm", "--name", name, "--network", f"container:{container.name}"]
+    words = ["podman", "--runtime", "runc", "run", "-i", "--rm", "--name", name]
+    words += ["--network", f"container:{container.name}"]
     with subprocess.Popen(
         [*words, TEST_IMAGE, "python3", "-c", CLIENT],
         stdin=subprocess.PIPE,

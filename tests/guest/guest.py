@@ -58,13 +58,17 @@ _TOOLS: Final[Mapping[str, str]] = MappingProxyType(
 _CPU: Final = "max,la57=off,cx16=off"
 """The emulated processor.
 
-Without five-level page tables every TLB miss walks one level less. qemu 7.2 corrupts the flags
-after cmpxchg16b, and the 6.12 kernel, whose allocator uses it, died of a double fault in three
-boots of three; with the instruction hidden the kernel takes its own emulation of it.
+Without five-level page tables every TLB miss walks one level less. With parallel processors
+qemu 7.2 corrupts the flags after cmpxchg16b, of which the 6.12 kernel's allocator died by a double
+fault in three boots of three; with the instruction hidden the kernel uses its own replacement.
 """
 
 _ACCEL: Final = "tcg,thread=single,tb-size=512"
-"""Software emulation, never KVM; see the README for why the processors take turns on one thread."""
+"""Software emulation, never KVM; the processors take turns on one thread.
+
+With a thread for each, a processor can execute a breakpoint that another has already patched out
+of the kernel's code, which is a panic: once in some twenty boots here. Taking turns costs a fifth.
+"""
 
 _KERNEL_ARGUMENTS: Final = (
     "console=ttyS0 root=/dev/nvme0n1 rw rootfstype=ext4 quiet loglevel=4 panic=-1 "
@@ -320,7 +324,7 @@ def _call(argv: Sequence[str], **options: str) -> str:
     return done.stdout
 
 
-def _tail(text: str, lines: int = 40) -> str:
+def _tail(text: str, lines: int = 120) -> str:
     """Return the last lines of a log, free of the control characters consoles are full of."""
     kept = "".join(c for c in text if c.isprintable() or c in "\n\t")
     return "\n".join(kept.splitlines()[-lines:])

@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -342,6 +343,7 @@ struct fixture {
 	unsigned descriptors;
 	pid_t restore;
 	uint32_t lazy, other; /* two lazy pages, far from each other and from all else */
+	uint32_t hole;        /* a page that is not in the checkpoint */
 };
 
 /* An armed keeper whose pager is dead, and a puppet whose restore has come to `last`. */
@@ -361,6 +363,8 @@ static struct fixture set_up(enum instant last)
 	fixture.other = PUPPET_PAGES - 1;
 	while (fixture.layout.kind[fixture.other] != 1)
 		fixture.other--;
+	while (fixture.layout.kind[fixture.hole])
+		CHECK(++fixture.hole < PUPPET_PAGES);
 	return fixture;
 }
 
@@ -422,6 +426,62 @@ static void event_fault(struct fixture *fixture, int instant)
 {
 	tell('r', fixture->lazy, fixture->layout.number[fixture->lazy]);
 	play_event(instant);
+	succeed_pager();
+	expect_answer();
+}
+
+/* Filling never comes by a page that the checkpoint does not have. */
+static void event_fault_hole(struct fixture *fixture, int instant)
+{
+	tell('r', fixture->hole, 0);
+	play_event(instant);
+	succeed_pager();
+	expect_answer();
+}
+
+/* Killed between placing the page and waking its reader, as it were. */
+static void event_fault_placed(struct fixture *fixture, int instant)
+{
+	unsigned char bytes[PAGE];
+	struct uffdio_copy order = { .dst = MEMORY + (uint64_t)fixture->lazy * PAGE,
+				     .src = (uintptr_t)bytes, .len = PAGE,
+				     .mode = UFFDIO_COPY_MODE_DONTWAKE };
+
+	tell('r', fixture->lazy, fixture->layout.number[fixture->lazy]);
+	play_event(instant);
+	fill_page(bytes, fixture->layout.number[fixture->lazy]);
+	CHECK(!ioctl(shared->tasks[0].fd, UFFDIO_COPY, &order));
+	succeed_pager();
+	expect_answer();
+}
+
+/* Page faults that the kernel knows of and nobody has read. */
+static unsigned unread_faults(int fd)
+{
+	char name[64], line[128];
+	unsigned long pending = 0;
+	FILE *file;
+
+	snprintf(name, sizeof name, "/proc/self/fdinfo/%d", fd);
+	CHECK((file = fopen(name, "re")));
+	while (fgets(line, sizeof line, file))
+		sscanf(line, "pending: %lu", &pending);
+	fclose(file);
+	return (unsigned)pending;
+}
+
+/* A page fault while another thread changes the address space: the kernel refuses to place anything. */
+static void event_fault_busy(struct fixture *fixture, int instant)
+{
+	int fd = shared->tasks[0].fd;
+
+	ask('a', fixture->lazy, 0);
+	fixture->layout.number[fixture->lazy] = 0;
+	wait_readable(fd);
+	tell('r', fixture->hole, 0);
+	while (!unread_faults(fd))
+		sched_yield();
+	play_event(instant); /* a page fault comes before other events */
 	succeed_pager();
 	expect_answer();
 }
@@ -492,7 +552,7 @@ static void fork_half_recorded(struct fixture *fixture, int instant)
 }
 
 static void (*const events[])(struct fixture *, int) = {
-	event_fault, event_remove, event_remove_placed, event_unmap, event_remap, event_fork,
+	event_fault, event_fault_hole, event_fault_placed, event_fault_busy, event_remove, event_remove_placed, event_unmap, event_remap, event_fork,
 	fork_half_recorded,
 };
 
@@ -502,7 +562,13 @@ static void event_instants(void)
 		for (int instant = UNREAD; instant < EVENT_INSTANTS; instant++) {
 			struct fixture fixture = set_up(FILLING);
 
+			/* Filling and what follows it would hide that nobody cared for the event. */
+			shared->status.t_running_ns = monotonic_ns() + DEADLINE_MS * 1000000ULL;
 			events[i](&fixture, instant);
+			kill_pager();
+			CHECK(pager_status()->pages_left);
+			shared->status.t_running_ns = monotonic_ns();
+			succeed_pager();
 			wait_for(PAGER_DONE);
 			for (uint32_t page = 0; page < fixture.layout.pages; page++)
 				expect_page(&fixture, page);

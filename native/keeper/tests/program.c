@@ -422,9 +422,16 @@ static void program_main(const struct layout *layout, unsigned threads, unsigned
 
 /* ---- a program that is told ----------------------------------------------------------------------- */
 
+static void *discard_thread(void *page)
+{
+	CHECK(!madvise(page, PAGE, MADV_DONTNEED));
+	return NULL;
+}
+
 static int obey(const struct command *command)
 {
 	void *a = address_of(command->a);
+	pthread_t thread;
 	int status;
 	pid_t child;
 
@@ -438,6 +445,8 @@ static int obey(const struct command *command)
 	case 'm':
 		return mremap(a, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, address_of(command->b)) !=
 		       MAP_FAILED;
+	case 'a':
+		return !pthread_create(&thread, NULL, discard_thread, a) && !pthread_detach(thread);
 	case 'f':
 		child = fork();
 		if (!child)

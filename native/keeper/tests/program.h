@@ -32,7 +32,9 @@ int restore_main(int argc, char **argv);
 
 /* What one puppet is told to do, by a pipe. It answers with one byte: 1 as expected, 0 not. */
 struct command {
-	char what; /* r: page a has content b; d: discard; u: unmap; m: move a to b; f: fork, r in the child */
+	/* r: page a has content b; f: fork, r in the child; d: discard a; a: the same in a thread, without
+	 * waiting for it; u: unmap a; m: move a to b */
+	char what;
 	uint32_t a, b;
 };
 

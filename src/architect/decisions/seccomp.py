@@ -17,15 +17,18 @@ How the rules are written is decided by runc and libseccomp (2.5.4 was tried):
   cannot be written as two conditions; it becomes the ranges 0..8, 10..261 and 263.., and a range
   with two ends becomes aligned blocks, each a masked comparison.
 - A filter is the union of its rules (seccomp_rule_add(3)). Which of two overlapping rules with
-  different actions wins depends on how libseccomp sorts them, and some such pairs it refuses. A
-  call for which the profile has such a pair is left alone.
+  different actions wins depends on how libseccomp sorts them, and some such pairs it refuses.
 - libseccomp makes a tree, one level an argument. When a call matches a node but nothing below it,
-  the node's next sibling on the same argument is compared with the wrong argument (the accumulator
-  is not loaded again). So both halves of a split rule repeat its other conditions word for word:
-  they share the node, and below it every protocol matches. For the same reason only a rule with no
-  other condition is split into ranges.
+  the node's next sibling may be compared with the wrong argument; a rule may vanish when a more
+  general one repeats its last condition; and some ranges under a common node make it loop for ever.
+  So both halves of a split rule repeat its other conditions word for word: they share the node, and
+  below it every protocol matches. Ranges are used without other conditions only.
 - Masks and values are cut to their lower half for 32-bit architectures, so a condition that looks
   at the upper half only would hold always there. None is written.
+
+Hence only the shapes that profiles in use have are treated (``_split_socket``), and a profile whose
+rules for a call overlap with different actions is not. The tests compile the results with the
+libseccomp of the machine and compare every outcome.
 
 Out of reach, as for every profile: 32-bit x86 programs that open sockets through socketcall(2),
 whose arguments lie in memory. They get their Multipath TCP socket, and the dump fails as before.
@@ -48,6 +51,8 @@ _PROTOCOL = 2
 """Index of socket(2)'s protocol among its arguments."""
 
 _ERRNO = "SCMP_ACT_ERRNO"
+_EQ = "SCMP_CMP_EQ"
+_NE = "SCMP_CMP_NE"
 _PERMISSIVE = frozenset(
     {
         "SCMP_ACT_ALLOW",
@@ -107,6 +112,10 @@ class _Rule:
     entry: Mapping[str, Any]
     """The entry of the profile from which it comes."""
 
+    def part(self, args: Sequence[Condition]) -> dict[str, Any]:
+        """Return an entry for part of what it matches, with the same action."""
+        return {**self.entry, "names": ["socket"], "args": list(args)}
+
     def values(self, index: int) -> _Values:
         """Return the values of an argument that it matches."""
         return next((_values(arg) for arg in self.args if arg["index"] == index), _ALL)
@@ -141,6 +150,16 @@ def _refuse(entries: list[Any], profile: Profile, call: str) -> list[Any]:
     rules = _effective(entries, call, default, _errno_of(default, profile.get("defaultErrnoRet")))
     _require_unambiguous(rules)
     permissive = [rule for rule in rules if rule.action in _PERMISSIVE]
+    if default in _PERMISSIVE:
+        if permissive:
+            raise _InexpressibleError  # the refusal is more general than these, and of their level
+        args = [_protocol(IPPROTO_MPTCP)] if call == "socket" else []
+        parts = [_refusal(call, args)] if _needs_refusal(rules, call) else []
+    elif call == "socket":
+        _require_plain_protocols(rules)
+        parts = _split_socket(permissive)
+    else:
+        parts = [_refusal(call, rule.args) for rule in permissive]
     split = {id(rule.entry) for rule in permissive}
     new: list[Any] = []
     for entry in entries:
@@ -148,16 +167,43 @@ def _refuse(entries: list[Any], profile: Profile, call: str) -> list[Any]:
             new.append(entry)
         elif others := [name for name in _names(entry) if name != call]:
             new.append({**entry, "names": others})
-    halves: list[dict[str, Any]] = []
-    for rule in permissive:
-        kept = _others(rule) if call == "socket" else []
-        halves += [{**rule.entry, "names": [call], "args": list(args)} for args in kept]
-        if (args := _refused_part(rule, call)) is not None:
-            halves.append(_refusal(call, args))
-    if default in _PERMISSIVE and _needs_refusal(rules, call):
-        halves.append(_refusal(call, [_protocol_is(IPPROTO_MPTCP)] if call == "socket" else []))
     # Profiles repeat rules, and libseccomp would take the memory for each.
-    return new + [half for i, half in enumerate(halves) if half not in halves[:i]]
+    return new + [part for i, part in enumerate(parts) if part not in parts[:i]]
+
+
+def _split_socket(rules: Sequence[_Rule]) -> list[dict[str, Any]]:
+    """Return entries that let through what ``rules`` do, but for Multipath TCP, which they refuse.
+
+    The shapes: one rule without conditions; rules with conditions on other arguments than the
+    protocol; beside these, one that admits all protocols but one (the audit rules of Podman).
+    """
+    general = [rule for rule in rules if not rule.args]
+    if general:
+        rules = general[:1]  # unambiguous, so of one action: the others add nothing to it
+    but_one: _Rule | None = None
+    number: int | None = None
+    for rule in rules:
+        for arg in rule.args:
+            if arg["index"] == _PROTOCOL and _admits(_values(arg), IPPROTO_MPTCP):
+                value = arg.get("value", 0)
+                if len(rule.args) > 1 or arg["op"] != _NE or number not in (None, value):
+                    raise _InexpressibleError
+                if value >= _LOW:  # blocks would be told apart by their upper half only
+                    raise _InexpressibleError
+                but_one, number = rule, value
+    parts: list[dict[str, Any]] = []
+    for rule in rules:
+        if not any(arg["index"] == _PROTOCOL for arg in rule.args):
+            parts.append(rule.part([*rule.args, _protocol(IPPROTO_MPTCP, _NE)]))
+            parts.append(_refusal("socket", [*rule.args, _protocol(IPPROTO_MPTCP)]))
+        elif but_one is None or rule.args != but_one.args:
+            parts.append(rule.part(rule.args))
+    # The general ones come last: libseccomp drops more of a rule than it should if it repeats a
+    # condition of one that is there already.
+    if but_one is not None and number is not None:
+        parts += [but_one.part([piece]) for piece in _all_but(number, IPPROTO_MPTCP)]
+        parts.append(_refusal("socket", [_protocol(IPPROTO_MPTCP)]))
+    return parts
 
 
 def _refusal(call: str, args: Sequence[Condition]) -> dict[str, Any]:
@@ -275,6 +321,14 @@ def _require_unambiguous(rules: Sequence[_Rule]) -> None:
                 raise _InexpressibleError
 
 
+def _require_plain_protocols(rules: Sequence[_Rule]) -> None:
+    """Give up on ranges of protocols under other conditions: beside ours libseccomp may loop."""
+    for rule in rules:
+        for arg in rule.args:
+            if arg["index"] == _PROTOCOL and len(rule.args) > 1 and arg["op"] not in (_EQ, _NE):
+                raise _InexpressibleError
+
+
 def _needs_refusal(rules: Sequence[_Rule], call: str) -> bool:
     """Whether calls that no rule matches, and that the default lets through, are to be refused."""
     wanted = ((IPPROTO_MPTCP, IPPROTO_MPTCP),) if call == "socket" else _ALL
@@ -290,72 +344,26 @@ def _needs_refusal(rules: Sequence[_Rule], call: str) -> bool:
     return True
 
 
-def _own_protocol(rule: _Rule) -> tuple[list[Condition], Condition | None]:
-    """Return a rule's conditions on other arguments, and the one on the protocol."""
-    others = [arg for arg in rule.args if arg["index"] != _PROTOCOL]
-    return others, next((arg for arg in rule.args if arg["index"] == _PROTOCOL), None)
+def _protocol(number: int, op: str = _EQ) -> Condition:
+    return {"index": _PROTOCOL, "value": number, "op": op}
 
 
-def _others(rule: _Rule) -> list[Sequence[Condition]]:
-    """Return condition lists that together match what ``rule`` does, but for Multipath TCP."""
-    others, own = _own_protocol(rule)
-    values = rule.values(_PROTOCOL)
-    if not _admits(values, IPPROTO_MPTCP):
-        return [rule.args]
-    if isinstance(values, _Mask):
-        raise _InexpressibleError  # one piece for each bit the mask leaves free: too many
-    pieces = _pieces(values)
-    if others and len(pieces) > 1 and own is not None:
-        raise _InexpressibleError
-    return [[*others, piece] for piece in pieces]
-
-
-def _refused_part(rule: _Rule, call: str) -> Sequence[Condition] | None:
-    """Return the conditions of the calls that ``rule`` lets through and should not, if any."""
-    if call != "socket":
-        return rule.args
-    values = rule.values(_PROTOCOL)
-    if not _admits(values, IPPROTO_MPTCP):
-        return None
-    others, _ = _own_protocol(rule)
-    if isinstance(values, _Mask):
-        upper = values.value & ~_LOW
-        return [*others, _masked(values.mask | _LOW, upper | IPPROTO_MPTCP)]
-    return [*others, _protocol_is(IPPROTO_MPTCP)]
-
-
-def _protocol_is(number: int) -> Condition:
-    return {"index": _PROTOCOL, "value": number, "op": "SCMP_CMP_EQ"}
-
-
-def _masked(mask: int, value: int) -> Condition:
-    return {"index": _PROTOCOL, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}
-
-
-def _pieces(ranges: _Ranges) -> list[Condition]:
-    """Return conditions on the protocol that together admit ``ranges`` but Multipath TCP."""
-    found: list[Condition] = []
-    for low, high in _intersection(ranges, _complement(((IPPROTO_MPTCP, IPPROTO_MPTCP),))):
-        if low == 0:
-            found.append({"index": _PROTOCOL, "value": high, "op": "SCMP_CMP_LE"})
-        elif high == _TOP:
-            found.append({"index": _PROTOCOL, "value": low, "op": "SCMP_CMP_GE"})
-        elif low == high:
-            found.append(_protocol_is(low))
-        elif high > _LOW:
-            raise _InexpressibleError  # blocks would be told apart by their upper half only
-        else:
-            found += _blocks(low, high)
-    return found
+def _all_but(*numbers: int) -> list[Condition]:
+    """Return conditions that together admit all protocols but two different ones."""
+    low, high = sorted(numbers)
+    found: list[Condition] = [_protocol(low - 1, "SCMP_CMP_LE")] if low else []
+    found += _blocks(low + 1, high - 1)
+    return [*found, _protocol(high + 1, "SCMP_CMP_GE")]
 
 
 def _blocks(low: int, high: int) -> list[Condition]:
     """Return masked comparisons for the fewest aligned power-of-two blocks that make low..high."""
-    found = []
+    found: list[Condition] = []
     while low <= high:
         size = low & -low if low else _LOW + 1
         while low + size - 1 > high:
             size >>= 1
-        found.append(_masked(_TOP ^ (size - 1), low))
+        mask = _TOP ^ (size - 1)
+        found.append({**_protocol(mask, "SCMP_CMP_MASKED_EQ"), "valueTwo": low})
         low += size
     return found

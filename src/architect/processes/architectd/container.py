@@ -118,6 +118,9 @@ class ManagedContainer:
         Raises:
             NotAsleep: it could not be, or somebody wanted it awake meanwhile.
         """
+        # Before the fill is awaited: a frozen keeper does not report its end.
+        if self.clock.cgroup is not None and self.clock.cgroup.frozen():
+            raise NotAsleep(what=f"{self.name} stays", why="it is paused", fix="unpause it first")
         while self.state is State.FILLING:
             await self._next_state()
         if self.state is State.RUNNING:
@@ -128,14 +131,8 @@ class ManagedContainer:
                     why=f"{sessions} exec session(s) are open",
                     fix="end them first",
                 )
-            if self.clock.cgroup is not None and self.clock.cgroup.frozen():
-                raise NotAsleep(
-                    what=f"{self.name} stays", why="it is paused", fix="unpause it first"
-                )
-        if self.state is State.CREATED:
-            raise NotAsleep(
-                what=f"{self.name} stays", why="it is not started", fix="start it first"
-            )
+        if self.state in (State.CREATED, State.ENDED):
+            raise NotAsleep(what=f"{self.name} stays", why="it does not run", fix="start it first")
         if self.state in (State.SCALED_DOWN, State.STRANDED):
             return
         waiter = asyncio.get_running_loop().create_future()
