@@ -14,6 +14,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <net/if.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -60,6 +61,7 @@ static struct {
 	struct timespec settled_by; /* CLOCK_MONOTONIC; it is taken to have settled then */
 	int ending;                 /* somebody killed the container: its end is no hibernation */
 	int eager;                  /* the present restore does without the pager */
+	int links;                  /* network interfaces that the checkpointed init had */
 	int restore_waits;          /* a restore begins as soon as the pager has read the checkpoint */
 	int images;                 /* directory of the armed checkpoint, or -1 */
 	int restore_status;         /* wait status of the last failed restore */
@@ -268,9 +270,22 @@ static void deliver_pending(void)
 	self.pending = 0;
 }
 
+/* How many network interfaces the container has, lo included; 0 if that cannot be told. */
+static int count_links(void)
+{
+	struct if_nameindex *links = if_nameindex();
+	int count = 0;
+
+	while (links && links[count].if_index)
+		count++;
+	if_freenameindex(links);
+	return count;
+}
+
 /* The init is gone and its checkpoint is whole. */
 static void hibernate(void)
 {
+	self.links = count_links();
 	enter_phase(HIBERNATED);
 	arm_pager();
 	answer_awaiting(END_OF_DUMP, NULL);
@@ -399,7 +414,7 @@ static int pager_is_busy(void)
 static void start_restore(int eager)
 {
 	struct recipe {
-		char *argv[ARGUMENTS + 2];
+		char *argv[ARGUMENTS + 3];
 		char words[RECIPE_MAX];
 	} *recipe = malloc(sizeof *recipe);
 	int count = recipe ? read_recipe(recipe->words, recipe->argv, ARGUMENTS) : 0;
@@ -424,6 +439,10 @@ static void start_restore(int eager)
 	self.eager = eager || pager_status()->state != PAGER_ARMED;
 	if (!self.eager)
 		recipe->argv[count++] = "--lazy-pages";
+	/* `podman pod stop` takes the pod's network away and then signals: connections cannot be restored
+	 * to addresses that are gone, but the program can be, and told to end. */
+	if (eager && self.links > 1 && count_links() == 1)
+		recipe->argv[count++] = "--tcp-close";
 	recipe->argv[count] = NULL;
 	enter_phase(RESTORING);
 	self.job = start(recipe->argv, namespaces_net_fd());

@@ -404,6 +404,29 @@ void checkpoint_free(struct checkpoint *checkpoint)
 	memset(checkpoint, 0, sizeof *checkpoint);
 }
 
+void pages_read_ahead(const struct pages *pages, uint64_t first, uint64_t count)
+{
+	uint64_t start = first * page_size(), length = count * page_size();
+
+	if (length > pages->length - start)
+		length = pages->length - start;
+	madvise((void *)(pages->bytes + start), length, MADV_WILLNEED);
+}
+
+uint64_t pages_in_memory(const struct pages *pages, uint64_t first, uint64_t count)
+{
+	unsigned char there[64];
+	uint64_t found = 0;
+
+	if (count > sizeof there)
+		count = sizeof there;
+	if (mincore((void *)(pages->bytes + first * page_size()), count * page_size(), there))
+		return count;
+	while (found < count && there[found] & 1)
+		found++;
+	return found;
+}
+
 int pages_are_damaged(const struct pages *pages, uint64_t page)
 {
 	return pages->damaged && pages->damaged[page / 8] >> page % 8 & 1;

@@ -41,6 +41,10 @@ void checkpoint_drop_cache(const struct checkpoint *checkpoint, size_t index, ui
 			   uint64_t count);
 void checkpoint_free(struct checkpoint *checkpoint);
 
+/* Has the disk read count pages from number first on, without waiting for it. */
+void pages_read_ahead(const struct pages *pages, uint64_t first, uint64_t count);
+/* How many pages, the first of count from number first on, could be read without waiting for the disk. */
+uint64_t pages_in_memory(const struct pages *pages, uint64_t first, uint64_t count);
 /* Whether page number `page` is known to be unreadable. */
 int pages_are_damaged(const struct pages *pages, uint64_t page);
 /* Returns 0 or -ENOMEM. */

@@ -31,7 +31,9 @@
 /* Pages around a fault that come with it; what is nearby is used soon, and 64 KiB cost 10 us. */
 enum { AROUND = 16 };
 /* Bytes placed between two looks for page faults; read ahead of filling; left in the page cache behind it. */
-enum { CHUNK = 256 << 10, AHEAD = 1 << 20, BEHIND = 4 << 20 };
+enum { CHUNK = 256 << 10, AHEAD = 512 << 10, BEHIND = 4 << 20 };
+/* How long filling leaves the disk alone with what it was asked to read ahead. */
+enum { DISK_NS = 100000000 };
 /* Events read from one task before the next has its turn. */
 enum { EVENTS_A_TURN = 64 };
 
@@ -42,6 +44,8 @@ struct task {
 	uint64_t *missing; /* bit per page of the image; bits outside all ranges are 0 */
 	uint64_t left;     /* bits set */
 	uint64_t cursor;   /* address where filling goes on */
+	uint64_t ahead;    /* first page of what the disk was last asked for, and when (0: never) */
+	uint64_t asked_ahead;
 };
 
 static struct checkpoint *checkpoint;
@@ -49,7 +53,7 @@ static struct task *tasks; /* parallel to shared->tasks */
 static unsigned task_room;
 static uint64_t last_fault;
 static size_t last_index; /* of the pages file that filling last read from */
-static uint64_t last_ahead, last_behind;
+static uint64_t last_behind;
 
 uint64_t monotonic_ns(void)
 {
@@ -514,16 +518,20 @@ static void drop_behind(const struct task *task, uint64_t page)
 	last_index = task->pages_index;
 }
 
-/* Has the disk read on ahead of filling. */
-static void read_ahead(const struct task *task, uint64_t page)
+/* How many pages of the run to place now. The disk reads on ahead of filling; what it has not brought yet is
+ * left for later, as page faults would have to wait with it. */
+static uint64_t ready(struct task *task, const struct run *run)
 {
-	uint64_t start = page * page_size() / AHEAD * AHEAD;
+	uint64_t pages = AHEAD / page_size(), start = run->page / pages * pages, count;
 
-	if (start == last_ahead)
-		return;
-	last_ahead = start;
-	madvise((void *)(task->pages->bytes + start), least(2 * AHEAD, task->pages->length - start),
-		MADV_WILLNEED);
+	if (start != task->ahead || !task->asked_ahead) {
+		pages_read_ahead(task->pages, start, 2 * pages);
+		task->ahead = start;
+		task->asked_ahead = monotonic_ns();
+	}
+	count = pages_in_memory(task->pages, run->page, run->count);
+	/* A read that failed shows only when it is tried again and waited for. */
+	return count || monotonic_ns() - task->asked_ahead < DISK_NS ? count : run->count;
 }
 
 static enum outcome fill_task(unsigned index)
@@ -535,8 +543,8 @@ static enum outcome fill_task(unsigned index)
 	if (!task->left || (!next_run(task, &run) && !next_run(task, &run)))
 		return NOTHING;
 	drop_behind(task, run.page);
-	read_ahead(task, run.page);
-	return place(index, run.address, run.page, run.count);
+	run.count = ready(task, &run);
+	return run.count ? place(index, run.address, run.page, run.count) : BUSY;
 }
 
 static void close_task(unsigned index)
@@ -664,7 +672,7 @@ int tasks_load(struct checkpoint *of)
 
 	checkpoint = of;
 	last_fault = 0;
-	last_ahead = last_behind = UINT64_MAX;
+	last_behind = UINT64_MAX;
 	shared->status.pages_left = shared->status.pages_total = 0;
 	error = start_adopted();
 	for (uint32_t i = 0; i < shared->event_count && !error; i++)

@@ -458,6 +458,7 @@ class Lab:
         annotations: dict[str, object] | None = None,
         runtime: str = "runc-architect",
         program_port: int = PORT,
+        name: str | None = None,
         idle: str | None = "10m",
         monitor: str | None = "packets",
         **more: object,
@@ -466,7 +467,7 @@ class Lab:
 
         ``annotations`` stand instead of those that ``idle``, ``monitor`` and ``more`` make.
         """
-        name = unique(stem)
+        name = name or unique(stem)
         port = free_port()
         if annotations is None:
             annotations = settings(name, idle=idle, monitor=monitor, **more)

@@ -19,6 +19,7 @@ from typing import Final
 import msgspec
 from blake3 import blake3
 
+from architect.adapters import pagemap
 from architect.contract.errors import ArchitectError
 from architect.contract.records import (
     CHECKPOINT_FORMAT,
@@ -216,12 +217,16 @@ class Store:
         ]
 
     def drop_page_cache(self) -> None:
-        """Gives back the page cache of the page data; the small images stay, for a quick wake."""
+        """Gives back the page cache of what the pager serves; the rest stays, for a quick wake.
+
+        Raises:
+            OSError, ValueError: the checkpoint was retired meanwhile.
+        """
         place = self.committed()
         if place is None:
             return
-        for file in _page_files(place):
-            _advise_dont_need(file)
+        for name, extents in pagemap.lazy_extents(place).items():
+            _advise_dont_need(place / name, extents)
 
 
 def stray(root: Path, alive: set[str]) -> list[Path]:
@@ -277,10 +282,12 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _advise_dont_need(file: Path) -> None:
-    with contextlib.suppress(OSError):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+def _advise_dont_need(file: Path, extents: list[tuple[int, int]]) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        for offset, length in extents:
+            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+    finally:
         os.close(descriptor)
 
 

@@ -156,8 +156,11 @@ def _refuse(entries: list[Any], profile: Profile, call: str) -> list[Any]:
         args = [_protocol(IPPROTO_MPTCP)] if call == "socket" else []
         parts = [_refusal(call, args)] if _needs_refusal(rules, call) else []
     elif call == "socket":
-        _require_plain_protocols(rules)
-        parts = _split_socket(permissive)
+        if any(_admits(rule.values(_PROTOCOL), IPPROTO_MPTCP) for rule in permissive):
+            _require_plain(rules)
+            parts = _split_socket(permissive)
+        else:
+            return entries
     else:
         parts = [_refusal(call, rule.args) for rule in permissive]
     split = {id(rule.entry) for rule in permissive}
@@ -321,12 +324,23 @@ def _require_unambiguous(rules: Sequence[_Rule]) -> None:
                 raise _InexpressibleError
 
 
-def _require_plain_protocols(rules: Sequence[_Rule]) -> None:
-    """Give up on ranges of protocols under other conditions: beside ours libseccomp may loop."""
-    for rule in rules:
-        for arg in rule.args:
-            if arg["index"] == _PROTOCOL and len(rule.args) > 1 and arg["op"] not in (_EQ, _NE):
-                raise _InexpressibleError
+def _require_plain(rules: Sequence[_Rule]) -> None:
+    """Give up on rules beside which libseccomp would not take ours as they are meant.
+
+    Found by trial to work: nothing about Multipath TCP itself, and conditions on one other argument
+    only. If some of these have a protocol of their own, all must test for the same number, so that
+    its node has no siblings.
+    """
+    protocols = [(rule, arg) for rule in rules for arg in rule.args if arg["index"] == _PROTOCOL]
+    others = [arg for rule in rules for arg in rule.args if arg["index"] != _PROTOCOL]
+    nested = [arg for rule, arg in protocols if len(rule.args) > 1]
+    if (
+        any(arg.get("value", 0) == IPPROTO_MPTCP for _, arg in protocols)
+        or len({arg["index"] for arg in others}) > 1
+        or (nested and len({arg.get("value", 0) for arg in others}) > 1)
+        or (nested and any(arg["op"] not in (_EQ, _NE) for arg in (*nested, *others)))
+    ):
+        raise _InexpressibleError
 
 
 def _needs_refusal(rules: Sequence[_Rule], call: str) -> bool:
@@ -338,9 +352,11 @@ def _needs_refusal(rules: Sequence[_Rule], call: str) -> bool:
         if rule.action != _ERRNO:
             raise _InexpressibleError  # the refusal would overlap something stricter
         if not rule.args or (
-            len(rule.args) == 1 and call == "socket" and rule.args[0]["index"] == _PROTOCOL
+            call == "socket" and {arg["index"] for arg in rule.args} == {_PROTOCOL}
         ):
             return False  # all of them are refused already
+        if any(arg["index"] == _PROTOCOL for arg in rule.args) and call == "socket":
+            raise _InexpressibleError  # libseccomp refuses the same condition at two levels
     return True
 
 

@@ -37,6 +37,8 @@ from architect.processes.architectd.subject import NotAsleep
 
 _RETRY_S: Final = 10.0
 """Seconds after a failed restore until the next try, and after a failed dump at least until the next."""
+_RECLAIMS: Final = 3
+_RECLAIM_S: Final = 0.7
 _ENGINE_RETRY_S: Final = 0.5
 """Seconds until an engine that gave no answer is asked again; doubled each time."""
 _AWAKE: Final = (State.RUNNING, State.FILLING)
@@ -71,7 +73,7 @@ class ManagedContainer:
         self._keeper: Keeper | None = None
         self._hook: criu.DumpHook | None = None
         self._report = Reporter(record, context.events)
-        self._retry_timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._awake: list[asyncio.Future[None]] = []
         self._asleep: list[asyncio.Future[None]] = []
@@ -266,8 +268,8 @@ class ManagedContainer:
     def forget(self) -> None:
         """The container has ended, or was never made: leaves nothing of it."""
         self.clock.stop()
-        if self._retry_timer is not None:
-            self._retry_timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
@@ -323,7 +325,7 @@ class ManagedContainer:
                 self._retire()
             case Action.SCHEDULE_RETRY:
                 loop = asyncio.get_running_loop()
-                self._retry_timer = loop.call_later(_RETRY_S, self._retry)
+                self._timer = loop.call_later(_RETRY_S, self._retry)
             case Action.CLEAN_UP:
                 self.forget()
             case _:
@@ -458,14 +460,22 @@ class ManagedContainer:
 
     async def _settle(self) -> None:
         """Frees what the program used and makes the digests; of no concern to a wake that comes now."""
-        if self.clock.cgroup is not None:
-            self.clock.cgroup.reclaim()
         try:
             await asyncio.to_thread(self._store.digest_pages)
             self._store.drop_page_cache()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if self.state is State.SCALED_DOWN:
                 self._report.event("Warning", f"page data has no digests: {error}")
+        self._reclaim(_RECLAIMS)
+
+    def _reclaim(self, times: int) -> None:
+        """Gives memory back, again a moment later: the kernel uncharges a program after its end."""
+        if self.state is not State.SCALED_DOWN or self.clock.cgroup is None:
+            return
+        self.clock.cgroup.reclaim()
+        if times > 1:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_RECLAIM_S, self._reclaim, times - 1)
 
     # ---- wake ------------------------------------------------------------------------------------------
 
