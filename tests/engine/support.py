@@ -321,7 +321,8 @@ class Container:
     def processes(self) -> list[int]:
         """Return the pids in its cgroup."""
         return [
-            int(pid) for pid in (cgroup_of(self.keeper, "pids") / "cgroup.procs").read_text().split()
+            int(pid)
+            for pid in (cgroup_of(self.keeper, "pids") / "cgroup.procs").read_text().split()
         ]
 
     def memory(self) -> int:

@@ -19,6 +19,7 @@ from tests.engine.support import (
     Container,
     Lab,
     Valkey,
+    architect,
     available,
     must,
     podman,
@@ -211,9 +212,7 @@ def test_wakes_over_ipv6(lab: Lab) -> None:
     lab.closing.callback(podman, "network", "rm", "-f", network)
     options = ["--network", network, "--expose", f"{PORT}/udp"]
     container = lab.start("six", "python3", "-c", SUBJECT, options=options)
-    address = container.inspect(
-        "{{range .NetworkSettings.Networks}}{{.GlobalIPv6Address}}{{end}}"
-    )
+    address = container.inspect("{{range .NetworkSettings.Networks}}{{.GlobalIPv6Address}}{{end}}")
     client = Client.when_ready(address, PORT)
     first = int(client.ask("count"))
     container.sleep()
@@ -263,6 +262,39 @@ def test_wakes_over_lo_from_a_second_container(lab: Lab) -> None:
         sidecar.stdin.close()
         assert sidecar.wait(timeout=15) == 0
     assert container.hibernations() == 4
+
+
+CALLER = """
+import socket, sys
+connection = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+count = 0
+while words := connection.recv(65536):
+    count += 1
+    connection.sendall(f"{count} ".encode() + words)
+"""
+"""The other way round: a container that calls, and answers on the connection it made."""
+
+
+def test_outgoing_connection_outlives_the_sleep(lab: Lab) -> None:
+    gateway = podman("network", "inspect", "podman", "-f", "{{range .Subnets}}{{.Gateway}}{{end}}")
+    with socket.create_server((gateway, 0)) as server:
+        server.settimeout(15)
+        port = str(server.getsockname()[1])
+        container = lab.start("caller", "python3", "-c", CALLER, gateway, port)
+        client = Client(server.accept()[0])
+    client.socket.settimeout(1)
+    assert client.ask("first") == "1 first"
+    container.sleep()
+    # What it hears from there is no reason to wake, and must not be answered with a reset.
+    with pytest.raises(TimeoutError):
+        client.ask("second")
+    assert container.state() == "SCALED_DOWN"
+    architect("wake", container.name)
+    client.socket.settimeout(15)
+    assert client.line() == "2 second"
+    container.sleep()
+    architect("wake", container.name)
+    assert client.ask("third") == "3 third"
 
 
 def test_memory_of_the_machine_comes_back(lab: Lab) -> None:

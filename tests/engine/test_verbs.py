@@ -6,7 +6,7 @@ What runc does is the measure: exit codes and outputs have to be its own.
 import json
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,7 +78,14 @@ def get(trio: dict[str, Container]) -> Get:
     [
         (["sh", "-c", "echo out; echo err >&2; exit 3"], [], None, 3, "out\n", "err\n"),
         (["sh", "-c", "cat; pwd"], ["-i", "-w", "/usr"], "in", 0, "in/usr\n", ""),
-        (["sh", "-c", "echo $WORD; id -u"], ["-e", "WORD=x", "-u", "65534"], None, 0, "x\n65534\n", ""),
+        (
+            ["sh", "-c", "echo $WORD; id -u"],
+            ["-e", "WORD=x", "-u", "65534"],
+            None,
+            0,
+            "x\n65534\n",
+            "",
+        ),
         (["sh", "-c", "kill -9 $$"], [], None, 137, "", ""),
         (["sh", "-c", "test -t 1 && echo hi"], ["-t"], None, 0, "hi\n", None),
     ],
@@ -365,7 +372,8 @@ def test_failed_create_leaves_nothing(lab: Lab) -> None:
     lab.closing.callback(run, "podman", "rm", "-f", "-i", name)
     words = annotation("managed-containers", [name])
     for mode, runtime in (("plain", "runc"), ("managed", "runc-architect")):
-        done = run("podman", "--runtime", runtime, "run", "--rm", "--name", name, *words, TEST_IMAGE, "no-such")
+        command = ["podman", "--runtime", runtime, "run", "--rm", "--name", name, *words]
+        done = run(*command, TEST_IMAGE, "no-such")
         assert done.code == 127, mode
         assert "no-such" in done.err, mode
     assert not [row for row in architect("ps") if row["pod"] == name]
@@ -446,7 +454,7 @@ class Pod:
 
 
 @pytest.fixture
-def pod(lab: Lab) -> Iterator[Callable[[list[str]], Pod]]:
+def pod(lab: Lab) -> Callable[[list[str]], Pod]:
     """Return what makes a pod with these managed containers."""
     return lambda managed: Pod(lab, managed)
 

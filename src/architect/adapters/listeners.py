@@ -54,6 +54,23 @@ def listening(netns_pid: int, pids: Iterable[int] | None = None) -> set[tuple[st
     return found
 
 
+def local(
+    netns_pid: int, pids: Iterable[int], known: Collection[tuple[str, int]]
+) -> set[tuple[str, int]]:
+    """Local ports (protocol, number) of all sockets of ``pids``, but for the ``known`` ones.
+
+    That is: outgoing connections, and listeners on ports that nobody declared.
+    """
+    candidates = {
+        (protocol, port, row[9])
+        for table, protocol in _KINDS
+        for row in _rows(netns_pid, table)
+        if (port := _port(row[1])) and (protocol, port) not in known
+    }
+    inodes = _sockets(pids) if candidates else set()
+    return {(protocol, port) for protocol, port, inode in candidates if inode in inodes}
+
+
 def established(netns_pid: int, ports: Collection[int]) -> int:
     """How many TCP connections to ``ports`` are established in the namespace of ``netns_pid``."""
     return sum(

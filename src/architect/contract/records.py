@@ -42,10 +42,14 @@ class ContainerRecord(msgspec.Struct, kw_only=True):
     """CLOCK_REALTIME seconds of its last change of state."""
     ports: list[tuple[str, int]] | None = None
     """Declared ports (protocol, number); None until the engine has been asked."""
+    quiet: list[tuple[str, int]] = []
+    """Its other local ports as of its last dump: packets to them are dropped while it sleeps."""
     mounts: list[tuple[str, str]] | None = None
     """Mount points in the container and where they are kept on the host; None before the first dump."""
     pipes: dict[str, int] = {}
     """Pipes and sockets of its standard streams, by CRIU's name, and the keeper's descriptor of each."""
+    warm: list[tuple[str, list[tuple[int, int]]]] = []
+    """Files and extents that a wake wants in the page cache: adapters/warm.py."""
     generation: int = 0
     """Number of its last checkpoint."""
     hibernations: int = 0

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from architect.adapters import cgroup, criu, mounts, runc_state, sysvipc
+from architect.adapters import cgroup, criu, listeners, mounts, runc_state, sysvipc, warm
 from architect.adapters.events import EventLog
 from architect.adapters.gate import GateError
 from architect.adapters.keeper import Keeper, KeeperError, KeeperStatus, PagerState
@@ -95,8 +95,8 @@ class ManagedContainer:
             self._do(action)
         if step.state is not before:
             self._log_transition(before, happening)
-            if self.state is not State.ENDED:
-                self.save()
+            if self.state not in (State.ENDED, State.SCALING_UP):
+                self.save()  # Not on the way of a wake, which changes nothing that is recorded.
             self._settle_waiters()
 
     async def wake(self, why: str) -> None:
@@ -211,8 +211,20 @@ class ManagedContainer:
             self._report.event("Warning", str(error))
             return
         self.record.owner = self.clock.place.owner
-        if self.record.ports is not None:
-            self.clock.place.set_ports(self.record.ports, self.settings.ignored_ports)
+        self._set_ports()
+
+    def _set_ports(self) -> None:
+        if self.clock.place is not None:
+            ports = self.record.ports or []
+            self.clock.place.set_ports(ports, self.settings.ignored_ports, self.record.quiet)
+
+    async def _other_ports(self) -> set[tuple[str, int]]:
+        """Local ports of its sockets that the gate does not know yet."""
+        if self.clock.place is None or self.clock.cgroup is None:
+            return set()
+        known = {*(self.record.ports or ()), *self.record.quiet}
+        pids = self.clock.cgroup.processes()
+        return await asyncio.to_thread(listeners.local, self.record.keeper, pids, known)
 
     def started(self) -> None:
         """The engine has started the program."""
@@ -332,13 +344,15 @@ class ManagedContainer:
                 self._tell(action)
 
     def _gate_hold(self) -> None:
-        if self.clock.place is not None:
+        if self.clock.place is None:
+            return
+        if self.state is State.SCALING_DOWN:
             repaired = self.clock.place.repair()
             if repaired:
                 self._report.event(
                     "Warning", f"put back what was taken from its gate: {', '.join(repaired)}"
                 )
-            self.clock.place.hold()
+        self.clock.place.hold()
 
     def _gate_open(self) -> None:
         if self.clock.place is not None:
@@ -384,6 +398,9 @@ class ManagedContainer:
             if self._keeper is None or self.clock.cgroup is None:
                 raise KeeperError(what="no keeper", why="not attached", fix="restart architectd")
             self._retire()
+            self.record.quiet = []
+            self.record.quiet = sorted(await self._other_ports())
+            self._set_ports()
             subject = await subjects.prepare(
                 self.record, self._run, self.clock.init, self.clock.cgroup
             )
@@ -398,7 +415,7 @@ class ManagedContainer:
             self._hook = criu.DumpHook(self._run / "hook", self._images_written)
             words = criu.dump_words(subject, images)
             status = await criu.run(words, self._hook.environment, self._run / "dump.pid")
-        except (ArchitectError, OSError) as error:
+        except (ArchitectError, GateError, OSError) as error:
             self._failure = _as_error(error, f"{self.name} could not be hibernated")
         finally:
             if self._hook is not None:
@@ -433,6 +450,13 @@ class ManagedContainer:
             self.happen(Happening.DUMP_FAILED)
 
     def _images_written(self) -> None:
+        self._task(self._look_again())
+
+    async def _look_again(self) -> None:
+        """Gives the dump up if a connection was opened after its start: it has missed no packet then."""
+        if await self._other_ports():
+            self._why = "new connection"
+            self.happen(Happening.WANTED)
         self.happen(Happening.IMAGES_WRITTEN)
 
     async def _keep_images(self) -> None:
@@ -473,6 +497,7 @@ class ManagedContainer:
         if self.state is not State.SCALED_DOWN or self.clock.cgroup is None:
             return
         self.clock.cgroup.reclaim()
+        warm.read_back(self.record.warm)
         if times > 1:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(_RECLAIM_S, self._reclaim, times - 1)
@@ -491,7 +516,10 @@ class ManagedContainer:
                 self.record.lifted = self.clock.cgroup.lift_limits()
                 if self.record.lifted:
                     self.save()
-            status = await self._keeper.ask("wake", timeout_s=120.0)
+            asked = asyncio.create_task(self._keeper.ask("wake", timeout_s=120.0))
+            # Once the order is out: the disk and CRIU then work side by side.
+            asyncio.get_running_loop().call_soon(warm.read_back, self.record.warm)
+            status = await asked
         except (ArchitectError, OSError) as error:
             if self.state is State.ENDED:
                 return
@@ -581,7 +609,7 @@ class ManagedContainer:
             return
         if self.clock.place is not None:
             try:
-                self.clock.place.set_ports(self.record.ports, self.settings.ignored_ports)
+                self._set_ports()
             except GateError as error:
                 self.record.error = str(error)
                 self._report.event("Warning", f"{self.name}: {error}; the container stays awake")

@@ -27,8 +27,18 @@ class Place:
         self._shared = shared
         self.owner = owner
 
-    def set_ports(self, ports: Collection[tuple[str, int]], ignored: Collection[int]) -> None:
-        """Declares the ports whose traffic counts, and those whose traffic does not."""
+    def set_ports(
+        self,
+        ports: Collection[tuple[str, int]],
+        ignored: Collection[int],
+        quiet: Collection[tuple[str, int]] = (),
+    ) -> None:
+        """Declares the ports whose traffic counts, but for the ``ignored``.
+
+        ``quiet`` ones were declared by nobody: their traffic does not count, and while the gate is
+        shut it is dropped, or the kernel would reset the connections that the sleeper has open.
+        """
+        others = set(quiet).difference(ports)
         self._shared.gate.set_ports(
             self.owner,
             [
@@ -38,6 +48,10 @@ class Place:
                     Use.IGNORED if number in ignored else Use.ACTIVITY,
                 )
                 for protocol, number in ports
+            ]
+            + [
+                Port("udp" if protocol == "udp" else "tcp", number, Use.IGNORED)
+                for protocol, number in others
             ],
         )
 

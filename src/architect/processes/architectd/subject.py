@@ -5,9 +5,10 @@ Called by :class:`.container.ManagedContainer`.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
-from architect.adapters import bindable, criu, listeners, mounts, podman, sysvipc
+from architect.adapters import bindable, criu, listeners, mounts, podman, sysvipc, warm
 from architect.adapters.cgroup import Cgroup
 from architect.contract.errors import ArchitectError
 from architect.contract.records import ContainerRecord
@@ -30,10 +31,12 @@ async def prepare(record: ContainerRecord, run: Path, init: int, group: Cgroup) 
             why="its pod shares System V IPC objects between containers",
             fix="give it a pod of its own, or list it in disable-autoscaledown-containers",
         )
-    _make_bindable(record.keeper, group, name)
+    # In a thread: /proc/net/tcp alone takes ten milliseconds where the kernel's tables are large.
+    await asyncio.to_thread(_make_bindable, record.keeper, group, name)
     if record.mounts is None:
         record.mounts = await mounts.keep(init, run / "mnt")
     record.pipes = criu.stdio(init, record.keeper)
+    record.warm = await asyncio.to_thread(warm.cached_extents, init, record.rootfs)
     return criu.Subject(
         init=init,
         keeper=record.keeper,
