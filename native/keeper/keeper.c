@@ -170,6 +170,8 @@ static pid_t start(char **argv, int netns)
 	if (netns >= 0)
 		dup2(netns, RESTORE_NETNS_FD);
 	namespaces_leave();
+	if (netns >= 0)
+		namespaces_enter_cgroup();
 	/* CRIU is linked with gnutls for encrypted page servers, of which there are none here. */
 	setenv("GNUTLS_NO_IMPLICIT_INIT", "1", 1);
 	execv(argv[0], argv);
@@ -545,6 +547,10 @@ static void request(struct client *client, char *text)
 		dump_end(client);
 	} else if (!strcmp(text, "wake")) {
 		wake(client);
+	} else if (!strcmp(text, "arm") && self.phase == HIBERNATED) {
+		/* The daemon has found the checkpoint unfit, and now tries what may have been put in its place. */
+		arm_pager();
+		say_status(client->fd);
 	} else if (!strcmp(text, "kill") && number >= 0 && number < NSIG) {
 		kill_request(client->fd, number);
 	} else if (!strcmp(text, "exit")) {

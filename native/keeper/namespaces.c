@@ -12,7 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { NET, IPC, UTS, MNT, KINDS };
+enum { NET, IPC, UTS, CGROUP, MNT, KINDS };
 
 static const struct {
 	const char *name;
@@ -21,14 +21,15 @@ static const struct {
 	[NET] = { "net", CLONE_NEWNET },
 	[IPC] = { "ipc", CLONE_NEWIPC },
 	[UTS] = { "uts", CLONE_NEWUTS },
+	[CGROUP] = { "cgroup", CLONE_NEWCGROUP },
 	/* Last: once in another mount namespace, /proc/PID may not be there any more. */
 	[MNT] = { "mnt", CLONE_NEWNS },
 };
 
-static int host[KINDS] = { -1, -1, -1, -1 };
+static int host[KINDS] = { -1, -1, -1, -1, -1 };
 static int outside[OUTSIDE_MAX];
 static int outside_count;
-static int container[KINDS] = { -1, -1, -1, -1 }; /* kept open: between two inits nothing else holds them */
+static int container[KINDS] = { -1, -1, -1, -1, -1 }; /* kept open: between two inits nothing else holds them */
 static int joined;
 
 /* Calls visit with the path of cgroup.procs for each hierarchy in /proc/PID/cgroup (cgroups(7)). */
@@ -149,4 +150,10 @@ int namespaces_join(pid_t pid)
 int namespaces_net_fd(void)
 {
 	return container[NET];
+}
+
+void namespaces_enter_cgroup(void)
+{
+	if (container[CGROUP] >= 0)
+		setns(container[CGROUP], kinds[CGROUP].flag);
 }

@@ -1,7 +1,6 @@
 """What goes wrong, and that nothing is lost by it: dead daemons, full disks, damaged checkpoints."""
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -39,6 +38,11 @@ pytestmark = pytest.mark.engine
 KILLS = 100
 CYCLES = 300
 MEGABYTES = 200
+PAGE = 4096
+RSEQ = 32
+"""Size and alignment of struct rseq."""
+STEP = 4000
+"""Pages that a page server places before it is killed."""
 
 
 def daemon_pid() -> int:
@@ -128,7 +132,7 @@ def test_verbs_with_the_daemon_away(lab: Lab) -> None:
         assert "term" in container.logs(), "the signal reached the program"
     finally:
         must("architect", "up")
-    assert container.exit_code == 0
+    assert container.exit_code == 7, "the program's own"
 
 
 def test_killed_container_of_an_absent_daemon_is_cleared_away(lab: Lab) -> None:
@@ -207,12 +211,16 @@ def test_full_disk_leaves_the_container_running(lab: Lab) -> None:
     client.command("DEBUG", "POPULATE", 20000, "key", 1000)
     must("mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(paths.CHECKPOINTS))
     try:
-        done = run("architect", "sleep", container.name)
-        assert done.code == 1
+
+        def failed() -> bool:
+            # A late acknowledgement of ours may give a dump up before the disk is full.
+            assert run("architect", "sleep", container.name).code == 1
+            return bool(container.events("CheckpointFailed"))
+
+        wait_until(failed, "a dump to fail")
         assert container.state() == "RUNNING"
         assert client.command("DBSIZE") == 20000
-        (event,) = container.events("CheckpointFailed")
-        assert "runs on" in event["message"]
+        assert "runs on" in container.events("CheckpointFailed")[-1]["message"]
         assert not list(paths.CHECKPOINTS.glob(f"{container.id}/.dump-*"))
     finally:
         must("umount", str(paths.CHECKPOINTS))
@@ -283,6 +291,11 @@ def _version(images: Path) -> None:
     (images / "manifest.json").write_text(json.dumps(manifest))
 
 
+def regular_files(images: Path) -> list[Path]:
+    """All but the socket at which the pager waits."""
+    return [file for file in images.iterdir() if file.is_file()]
+
+
 @pytest.mark.parametrize(
     ("damage", "word"),
     [
@@ -306,7 +319,9 @@ def test_damaged_checkpoint_is_refused_kept_and_reported(
     images = container.checkpoint()
     assert images is not None
     good = images.with_name("good")
-    shutil.copytree(images, good)
+    good.mkdir()
+    for file in regular_files(images):
+        shutil.copy2(file, good)
     damage(images)
     done = run("architect", "wake", container.name)
     assert done.code == 1
@@ -315,7 +330,7 @@ def test_damaged_checkpoint_is_refused_kept_and_reported(
     assert container.processes() == [container.keeper], "nothing was started"
     assert images.exists(), "it is kept"
     assert word in container.events("RestoreFailed")[-1]["message"]
-    for file in images.iterdir():
+    for file in regular_files(images):
         file.unlink()
     for file in good.iterdir():
         file.rename(images / file.name)
@@ -334,8 +349,11 @@ def test_damaged_page_data_is_reported_after_the_wake(lab: Lab) -> None:
     wait_until(lambda: (images / "pages.digests.json").exists(), "the digests of the page data")
     pages = images / "pages-1.img"
     contents = bytearray(pages.read_bytes())
-    place = contents.index(mark.encode()) + len(mark) // 2
-    contents[place] ^= 1
+    # The value lies there more than once: buffers of the connection still have it.
+    place = contents.find(mark.encode())
+    while place >= 0:
+        contents[place + len(mark) // 2] ^= 1
+        place = contents.find(mark.encode(), place)
     pages.write_bytes(contents)
     found = client.command("GET", "marked")
     assert found != mark, "the flipped bit came through"
@@ -345,21 +363,54 @@ def test_damaged_page_data_is_reported_after_the_wake(lab: Lab) -> None:
 # ---- the page server dies ------------------------------------------------------------------------
 
 
-def memory_digests(pid: int) -> dict[str, str]:
-    """A digest of each private mapping of a stopped process."""
-    digests = {}
+def await_stop(pid: int) -> None:
+    """Waits until every thread has taken the SIGSTOP."""
+
+    def stopped() -> bool:
+        stats = [file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+    wait_until(stopped, "all threads to stop")
+
+
+def stack_pointers(pid: int) -> list[int]:
+    """Of each thread of a stopped process (proc(5), /proc/PID/task/TID/syscall)."""
+    pointers = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        words = (thread / "syscall").read_text().split()
+        pointers.append(int(words[-2], 16))
+    return pointers
+
+
+def private_memory(pid: int) -> dict[int, bytes]:
+    """Each page of private memory of a stopped process, by its address.
+
+    What lies below a stack pointer is left out: it belongs to nobody, and CRIU's signal frames were there.
+    """
+    pointers = stack_pointers(pid)
+    pages = {}
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             span, mode, _, _, _, *name = line.split(maxsplit=5)
             start, end = (int(side, 16) for side in span.split("-"))
             if "p" not in mode or "r" not in mode or (name and name[0].startswith("[v")):
                 continue
-            digest = hashlib.blake2b(digest_size=16)
-            for place in range(start, end, 1 << 20):
-                memory.seek(place)
-                digest.update(memory.read(min(1 << 20, end - place)))
-            digests[f"{span} {mode}"] = digest.hexdigest()
-    return digests
+            pointer = max((one for one in pointers if start <= one < end), default=start)
+            place = pointer & -PAGE
+            while place < end:
+                first = max(place, pointer)
+                memory.seek(first)
+                pages[place] = memory.read(place + PAGE - first)
+                place += PAGE
+    return pages
+
+
+def same(before: bytes, after: bytes) -> bool:
+    """Whether a page is what it was, but for the CPU number that the kernel writes for rseq(2)."""
+    if before == after:
+        return True
+    places = {place // RSEQ for place in range(len(before)) if before[place] != after[place]}
+    return len(places) == 1
 
 
 def test_page_server_killed_in_mid_fill_keeps_every_byte(lab: Lab) -> None:
@@ -370,16 +421,19 @@ def test_page_server_killed_in_mid_fill_keeps_every_byte(lab: Lab) -> None:
     init = keeper_status(container).init
     # Stopped, it changes nothing by itself: what differs afterwards is our doing.
     os.kill(init, signal.SIGSTOP)
-    before = memory_digests(init)
+    await_stop(init)
+    before = private_memory(init)
     container.sleep()
     architect_wake = threading.Thread(target=architect, args=("wake", container.name))
     architect_wake.start()
-    kills = 0
+    kills, below = 0, MEGABYTES * 256
 
     def fill_is_over() -> bool:
-        nonlocal kills
+        nonlocal kills, below
         status = keeper_status(container)
-        if status.pager_state is PagerState.FILLING and status.pager:
+        # Each has placed something before it dies; five in a row that did not are given up.
+        if status.pager_state is PagerState.FILLING and 0 < status.left < below:
+            below = status.left - STEP
             with contextlib.suppress(ProcessLookupError):
                 os.kill(status.pager, signal.SIGKILL)
                 kills += 1
@@ -389,7 +443,11 @@ def test_page_server_killed_in_mid_fill_keeps_every_byte(lab: Lab) -> None:
     architect_wake.join(30)
     assert kills > 0, "the fill was over before the first kill"
     init = keeper_status(container).init
-    assert memory_digests(init) == before
+    await_stop(init)
+    after = private_memory(init)
+    assert before.keys() == after.keys()
+    different = [hex(place) for place in before if not same(before[place], after[place])]
+    assert not different
     os.kill(init, signal.SIGCONT)
     assert client.command("GET", "a") == "1"
 

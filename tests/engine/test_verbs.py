@@ -477,7 +477,7 @@ def test_pod_with_one_managed_container(pod: Callable[[list[str]], Pod]) -> None
     clients = {name: made.ready(name) for name in made.ports}
     one.sleep()
     assert [clients[name].ask("count") for name in made.ports] == ["1", "1"]
-    one.sleep()
+    architect("wake", made.name)
     podman("pod", "restart", made.name)
     made.remember()
     clients = {name: made.ready(name) for name in made.ports}

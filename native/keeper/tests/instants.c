@@ -340,8 +340,8 @@ static void fork_half_recorded(struct fixture *fixture, int instant)
 }
 
 static void (*const events[])(struct fixture *, int) = {
-	event_fault, event_fault_hole, event_fault_placed, event_fault_busy, event_remove, event_remove_placed, event_unmap, event_remap, event_fork,
-	fork_half_recorded,
+	event_fault,  event_fault_hole,    event_fault_placed, event_fault_busy, event_remove,
+	event_unmap,  event_remove_placed, event_remap,        event_fork,       fork_half_recorded,
 };
 
 void event_instants(void)

@@ -69,6 +69,8 @@ _ARCHITECTURES = {
 }
 """By uname(2)'s machine: what to name in a new profile; calls of any other would kill."""
 
+_OPERATORS = tuple(f"SCMP_CMP_{name}" for name in ("NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ"))
+
 _LOW = (1 << 32) - 1
 _TOP = (1 << 64) - 1
 
@@ -134,7 +136,8 @@ def harden(profile: Profile | None, machine: str) -> Hardened:
     else:
         new = dict(profile)
     untouched = []
-    entries: list[Any] = list(new.get("syscalls") or [])
+    found = new.get("syscalls")
+    entries: list[Any] = found if isinstance(found, list) else []
     for call in (*IO_URING_CALLS, "socket"):
         try:
             entries = _refuse(entries, new, call)
@@ -148,19 +151,19 @@ def _refuse(entries: list[Any], profile: Profile, call: str) -> list[Any]:
     """Return the profile's ``entries`` with what is to be refused of ``call`` refused."""
     default = str(profile.get("defaultAction"))
     rules = _effective(entries, call, default, _errno_of(default, profile.get("defaultErrnoRet")))
-    _require_unambiguous(rules)
     permissive = [rule for rule in rules if rule.action in _PERMISSIVE]
+    if default in _PERMISSIVE and not _needs_refusal(rules, call):
+        return entries
+    _require_unambiguous(rules)
     if default in _PERMISSIVE:
         if permissive:
-            raise _InexpressibleError  # the refusal is more general than these, and of their level
-        args = [_protocol(IPPROTO_MPTCP)] if call == "socket" else []
-        parts = [_refusal(call, args)] if _needs_refusal(rules, call) else []
+            raise _InexpressibleError  # beside these the refusal would be the more general one
+        parts = [_refusal(call, [_protocol(IPPROTO_MPTCP)] if call == "socket" else [])]
     elif call == "socket":
-        if any(_admits(rule.values(_PROTOCOL), IPPROTO_MPTCP) for rule in permissive):
-            _require_plain(rules)
-            parts = _split_socket(permissive)
-        else:
+        if not any(_admits(rule.values(_PROTOCOL), IPPROTO_MPTCP) for rule in permissive):
             return entries
+        _require_plain(rules)
+        parts = _split_socket(permissive)
     else:
         parts = [_refusal(call, rule.args) for rule in permissive]
     split = {id(rule.entry) for rule in permissive}
@@ -183,28 +186,25 @@ def _split_socket(rules: Sequence[_Rule]) -> list[dict[str, Any]]:
     general = [rule for rule in rules if not rule.args]
     if general:
         rules = general[:1]  # unambiguous, so of one action: the others add nothing to it
-    but_one: _Rule | None = None
-    number: int | None = None
-    for rule in rules:
-        for arg in rule.args:
-            if arg["index"] == _PROTOCOL and _admits(_values(arg), IPPROTO_MPTCP):
-                value = arg.get("value", 0)
-                if len(rule.args) > 1 or arg["op"] != _NE or number not in (None, value):
-                    raise _InexpressibleError
-                if value >= _LOW:  # blocks would be told apart by their upper half only
-                    raise _InexpressibleError
-                but_one, number = rule, value
     parts: list[dict[str, Any]] = []
+    but_one: dict[int, _Rule] = {}
     for rule in rules:
-        if not any(arg["index"] == _PROTOCOL for arg in rule.args):
+        own = next((arg for arg in rule.args if arg["index"] == _PROTOCOL), None)
+        if own is None:
             parts.append(rule.part([*rule.args, _protocol(IPPROTO_MPTCP, _NE)]))
             parts.append(_refusal("socket", [*rule.args, _protocol(IPPROTO_MPTCP)]))
-        elif but_one is None or rule.args != but_one.args:
+        elif not _admits(_values(own), IPPROTO_MPTCP):
             parts.append(rule.part(rule.args))
+        elif len(rule.args) == 1 and own["op"] == _NE and own.get("value", 0) < _LOW:
+            but_one.setdefault(own.get("value", 0), rule)
+        else:
+            raise _InexpressibleError
     # The general ones come last: libseccomp drops more of a rule than it should if it repeats a
     # condition of one that is there already.
-    if but_one is not None and number is not None:
-        parts += [but_one.part([piece]) for piece in _all_but(number, IPPROTO_MPTCP)]
+    if len(but_one) > 1:
+        raise _InexpressibleError
+    for number, rule in but_one.items():
+        parts += [rule.part([piece]) for piece in _all_but(number, IPPROTO_MPTCP)]
         parts.append(_refusal("socket", [_protocol(IPPROTO_MPTCP)]))
     return parts
 
@@ -252,9 +252,13 @@ def _alternatives(args: object) -> list[tuple[Condition, ...]]:
 
 
 def _well_formed(arg: object) -> bool:
-    return isinstance(arg, Mapping) and all(
-        isinstance(number, int) and 0 <= number <= _TOP
-        for number in (arg.get("index"), arg.get("value", 0), arg.get("valueTwo", 0))
+    return (
+        isinstance(arg, Mapping)
+        and arg.get("op") in _OPERATORS
+        and all(
+            isinstance(number, int) and 0 <= number <= _TOP
+            for number in (arg.get("index"), arg.get("value", 0), arg.get("valueTwo", 0))
+        )
     )
 
 
@@ -274,10 +278,8 @@ def _values(arg: Condition) -> _Values:
             return ((value, _TOP),)
         case "SCMP_CMP_GT":
             return ((value + 1, _TOP),) if value < _TOP else ()
-        case "SCMP_CMP_MASKED_EQ":
+        case _:  # SCMP_CMP_MASKED_EQ
             return _Mask(value, arg.get("valueTwo", 0) & value)
-        case _:
-            raise _InexpressibleError  # runc will say what is wrong
 
 
 def _complement(ranges: _Ranges) -> _Ranges:
@@ -344,7 +346,7 @@ def _require_plain(rules: Sequence[_Rule]) -> None:
 
 
 def _needs_refusal(rules: Sequence[_Rule], call: str) -> bool:
-    """Whether calls that no rule matches, and that the default lets through, are to be refused."""
+    """Whether a permissive default lets calls through that are to be refused."""
     wanted = ((IPPROTO_MPTCP, IPPROTO_MPTCP),) if call == "socket" else _ALL
     for rule in rules:
         if rule.action in _PERMISSIVE or _disjoint(rule.values(_PROTOCOL), wanted):

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from architect.adapters import cgroup, criu, listeners, mounts, runc_state, sysvipc, warm
+from architect.adapters import cgroup, criu, mounts, runc_state, sysvipc, warm
 from architect.adapters.events import EventLog
 from architect.adapters.gate import GateError
 from architect.adapters.keeper import Keeper, KeeperError, KeeperStatus, PagerState
@@ -82,6 +82,8 @@ class ManagedContainer:
         self._failure: ArchitectError | None = None
         self._why = ""
         self._checkpoint_bytes = 0
+        self._unfit = False
+        """The last restore failed: what is in the checkpoint now may be another file than then."""
 
     # ---- what others ask of it -------------------------------------------------------------------
 
@@ -217,14 +219,6 @@ class ManagedContainer:
         if self.clock.place is not None:
             ports = self.record.ports or []
             self.clock.place.set_ports(ports, self.settings.ignored_ports, self.record.quiet)
-
-    async def _other_ports(self) -> set[tuple[str, int]]:
-        """Local ports of its sockets that the gate does not know yet."""
-        if self.clock.place is None or self.clock.cgroup is None:
-            return set()
-        known = {*(self.record.ports or ()), *self.record.quiet}
-        pids = self.clock.cgroup.processes()
-        return await asyncio.to_thread(listeners.local, self.record.keeper, pids, known)
 
     def started(self) -> None:
         """The engine has started the program."""
@@ -399,7 +393,7 @@ class ManagedContainer:
                 raise KeeperError(what="no keeper", why="not attached", fix="restart architectd")
             self._retire()
             self.record.quiet = []
-            self.record.quiet = sorted(await self._other_ports())
+            self.record.quiet = await subjects.other_ports(self.record, self.clock.cgroup)
             self._set_ports()
             subject = await subjects.prepare(
                 self.record, self._run, self.clock.init, self.clock.cgroup
@@ -454,7 +448,8 @@ class ManagedContainer:
 
     async def _look_again(self) -> None:
         """Gives the dump up if a connection was opened after its start: it has missed no packet then."""
-        if await self._other_ports():
+        group = self.clock.cgroup
+        if group is not None and await subjects.other_ports(self.record, group):
             self._why = "new connection"
             self.happen(Happening.WANTED)
         self.happen(Happening.IMAGES_WRITTEN)
@@ -510,6 +505,9 @@ class ManagedContainer:
             if self._keeper is None:
                 raise KeeperError(what="no keeper", why="not attached", fix="restart architectd")
             self._store.verify()
+            if self._unfit:
+                await self._keeper.ask("arm")
+                self._unfit = False
             if not self.record.shared_ipc:
                 sysvipc.remove_all(self.record.keeper)
             if self.clock.cgroup is not None:
@@ -523,6 +521,7 @@ class ManagedContainer:
         except (ArchitectError, OSError) as error:
             if self.state is State.ENDED:
                 return
+            self._unfit = True
             self._failure = _as_error(error, f"{self.name} could not be woken")
             if isinstance(error, KeeperError):
                 place = self._store.committed()

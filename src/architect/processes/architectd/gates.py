@@ -146,7 +146,8 @@ class Gates:
                     why=str(error),
                     fix="run `architect check`; the container stays awake",
                 ) from error
-            if owner < 0:
+            fresh = owner < 0
+            if fresh:
                 free = [number for number in range(OWNERS) if number not in shared.wanted]
                 if not free:
                     raise GateUnavailable(
@@ -156,11 +157,20 @@ class Gates:
                     )
                 owner = free[0]
             shared.wanted[owner] = wanted
+            if fresh:
+                # Another container may have had the number, and have ended while no daemon ran.
+                shared.gate.drop_owner(owner)
             return Place(shared, owner)
 
-    def neighbours(self, place: Place) -> int:
-        """How many managed containers are at the same gate, this one included."""
-        return len(place._shared.wanted)
+    def tidy(self) -> None:
+        """After the daemon's start: removes what is pinned for namespaces without our containers."""
+        ours = {f"{inode:x}" for inode in self._by_inode}
+        for pins in list(paths.BPF.iterdir()):
+            # The kernel puts two files of its own at the root of each bpffs.
+            if pins.is_dir() and pins.name not in ours:
+                for pin in list(pins.iterdir()):
+                    pin.unlink()
+                pins.rmdir()
 
     def forget(self, shared: _Shared) -> None:
         """A gate has lost its last owner: takes it away, behind the back of all others' wakes."""

@@ -127,6 +127,7 @@ class Registry:
                 managed.forget()
             except ArchitectError as error:
                 self._complain(run.name, str(error))
+        self._context.gates.tidy()
         known = {run.name for run in paths.CONTAINERS.iterdir()}
         for place in store.stray(paths.CHECKPOINTS, known):
             shutil.rmtree(place, ignore_errors=True)

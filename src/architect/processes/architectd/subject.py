@@ -85,3 +85,10 @@ async def declared_ports(record: ContainerRecord, group: Cgroup) -> list[tuple[s
     own = listeners.listening(record.keeper, group.processes())
     every = listeners.listening(record.keeper)
     return [port for port in ports if port in own or port not in every]
+
+
+async def other_ports(record: ContainerRecord, group: Cgroup) -> list[tuple[str, int]]:
+    """Local ports (protocol, number) of its sockets that the gate does not know yet."""
+    known = {*(record.ports or ()), *record.quiet}
+    found = await asyncio.to_thread(listeners.local, record.keeper, group.processes(), known)
+    return sorted(found)

@@ -1,0 +1,462 @@
+"""The core path on a user's machine: run in a guest by test_guest.py, from the payload's folder.
+
+Installs architect as `make install` does, has systemd start it, and sees a valkey vanish and come
+back by everything that wakes one, the daemon killed meanwhile included. Ends with status 0 only if
+every step was seen to hold; then nothing of it is left on the machine.
+
+Emulated code is some ten times slower: deadlines are for a hung machine, and no time is judged.
+Called as ``python3 -m tests.guest.core_path`` with the payload and its scripts on PYTHONPATH; it
+has the standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from unittest import mock
+
+import engines
+import install
+from bench import valkey
+from common import REPOSITORY
+from record import Record
+
+DEADLINE_S: Final = 300.0
+"""For anything that is waited for."""
+
+MEGABYTES: Final = 10
+HIBERNATED_BYTES: Final = 400 << 10
+"""What a hibernated container's cgroup may hold: the keeper, and what the kernel counts late."""
+
+POD: Final = REPOSITORY / "examples/valkey/pod.yaml"
+POD_PORT: Final = 6379
+POD_CONTAINER: Final = "valkey-valkey"
+LONE: Final = "solo"
+LONE_PORT: Final = 6380
+RESULTS: Final = Path("/results")
+"""What is left there is handed to the test (guest.py)."""
+
+SEEN_INSIDE: Final = ("cgroup", "limits", "oom_score_adj", "status", "mountinfo")
+"""Files of /proc/1 with what a program sees of itself and a restore must not change."""
+
+_CHANGING: Final = ("Vm", "Rss", "Hugetlb", "voluntary", "nonvoluntary", "State", "Threads", "SigQ")
+"""Beginnings of lines in /proc/1/status that tell of a moment (proc_pid_status(5))."""
+
+T = TypeVar("T")
+_BEGAN: Final = time.monotonic()
+
+
+class Failed(Exception):
+    """A step did not hold."""
+
+
+def say(text: str) -> None:
+    """One line on the guest's output."""
+    print(f"[{time.monotonic() - _BEGAN:6.1f} s] {text}", flush=True)
+
+
+def require(holds: object, what: str) -> None:
+    """Raise Failed unless a statement holds."""
+    if not holds:
+        raise Failed(what)
+
+
+def until(condition: Callable[[], T], what: str) -> T:
+    """Wait for a condition's first true value; Failed says what was waited for."""
+    end = time.monotonic() + DEADLINE_S
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise Failed(f"after {DEADLINE_S:.0f} s still waiting for {what}")
+        select.select([], [], [], 0.1)
+    return value
+
+
+def run(*words: str | Path) -> str:
+    """Run a command that has to succeed; return what it printed."""
+    done = subprocess.run(
+        words,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    if done.returncode:
+        said = "\n".join((done.stdout, done.stderr)).strip()
+        raise Failed(f"{' '.join(map(str, words))}: exit {done.returncode}: {said}")
+    return done.stdout.strip()
+
+
+def architect(*words: str) -> Any:
+    """Run an `architect` command that has to succeed; return its JSON."""
+    return json.loads(run("architect", *words, "-o", "json"))
+
+
+# ---- the machine -----------------------------------------------------------------------------------
+
+
+def install_environment(_record: Record) -> bool:
+    """In place of install.py's own, which takes pip: the same folder from the payload's packages."""
+    venv = install.PREFIX / "venv"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    run("/usr/bin/python3", "-m", "venv", "--without-pip", venv)
+    packages = venv / "lib" / f"python{version}" / "site-packages"
+    shutil.copytree(REPOSITORY / "packages" / version, packages, dirs_exist_ok=True)
+    shutil.copytree(REPOSITORY / "src/architect", packages / "architect")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for name, target in project["scripts"].items():
+        module, _, function = target.partition(":")
+        script = venv / "bin" / name
+        script.write_text(
+            f"#!{venv}/bin/python\nimport sys\nfrom {module} import {function}\n"
+            f"sys.exit({function}())\n"
+        )
+        script.chmod(0o755)
+    imports = "; ".join(f"import {module}" for module in install.MODULES)
+    run(venv / "bin/python", "-I", "-c", imports)
+    return True
+
+
+def installed() -> None:
+    """`make install`, on a machine without pip."""
+    with mock.patch.object(install, "_install_venv", install_environment):
+        install.install()
+    require(install.UNIT.exists(), "systemd has no unit")
+    run("podman", "load", "--quiet", "--input", REPOSITORY / "valkey.tar")
+
+
+def main_pid() -> int:
+    """The daemon's pid, as systemd knows it; 0 without one."""
+    return int(run("systemctl", "show", "--property=MainPID", "--value", install.UNIT.name))
+
+
+def started_by_systemd() -> None:
+    """`architect up` and `down` are the unit's."""
+    for _ in range(2):  # the second time it is there already
+        words = run("architect", "up").split()
+        require(words[-1] == str(main_pid()), f"`architect up` said {words}, not systemd's pid")
+    require(run("systemctl", "is-enabled", install.UNIT.name) == "enabled", "not enabled")
+    run("architect", "down")
+    require(main_pid() == 0, "`architect down` left the daemon running")
+    run("architect", "up")
+    require(main_pid(), "`architect up` after a `down` started nothing")
+
+
+def fit() -> None:
+    """`architect check` finds nothing missing that is needed."""
+    findings = architect("check")
+    for finding in findings:
+        say("  " + "  ".join(str(finding[key]) for key in ("verdict", "name", "found")))
+    bad = [finding for finding in findings if finding["verdict"] != "ok"]
+    require(not bad, f"`architect check` found {bad}")
+
+
+# ---- a container -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A managed container."""
+
+    name: str
+    pod: str
+    id: str
+    keeper: int
+    group: Path
+    """Directory of its cgroup."""
+
+    @classmethod
+    def of(cls, name: str, pod: str) -> Container:
+        """Look it up with Podman and in /proc."""
+        found = json.loads(run("podman", "container", "inspect", name))[0]
+        keeper = found["State"]["Pid"]
+        place = Path(f"/proc/{keeper}/cgroup").read_text().strip().removeprefix("0::/")
+        require(place.endswith(f"libpod-{found['Id']}.scope"), f"the keeper is in {place}")
+        return cls(name, pod, found["Id"], keeper, Path("/sys/fs/cgroup") / place)
+
+    def processes(self) -> list[int]:
+        """Host pids of what runs in it."""
+        return [int(pid) for pid in (self.group / "cgroup.procs").read_text().split()]
+
+    def vanished(self) -> bool:
+        """Whether nothing runs in it but the keeper."""
+        return self.processes() == [self.keeper]
+
+    def memory(self) -> int:
+        """Bytes charged to it."""
+        return int((self.group / "memory.current").read_text())
+
+    def row(self) -> dict[str, Any]:
+        """Its line in `architect ps`."""
+        rows = [row for row in architect("ps") if row["id"] == self.id]
+        require(len(rows) == 1, f"`architect ps` lists {self.name} {len(rows)} times")
+        return dict(rows[0])
+
+    def sleep(self) -> None:
+        """Hibernate it by command."""
+        run("architect", "sleep", self.pod)
+        require(self.vanished(), f"hibernated, {self.name} has processes {self.processes()}")
+
+    def identity(self) -> dict[str, list[str]]:
+        """What it sees of itself; wakes it."""
+        seen: dict[str, list[str]] = {}
+        for name in SEEN_INSIDE:
+            seen[name] = run("podman", "exec", self.name, "cat", f"/proc/1/{name}").splitlines()
+        seen["status"] = [line for line in seen["status"] if not line.startswith(_CHANGING)]
+        # Without the ids, which each new mount gets: proc_pid_mountinfo(5).
+        seen["mountinfo"] = sorted(
+            " ".join([*line.split()[3:6], line.partition(" - ")[2].split()[0]])
+            for line in seen["mountinfo"]
+        )
+        return seen
+
+    def status(self) -> str:
+        """What `podman ps` says of it."""
+        return run("podman", "ps", "--filter", f"name={self.name}", "--format", "{{.Status}}")
+
+
+def connect(port: int, host: str = "127.0.0.1") -> valkey.Valkey:
+    """Connect, once the server answers."""
+
+    def answers() -> valkey.Valkey | None:
+        try:
+            client = valkey.Valkey(host, port, DEADLINE_S)
+            client("PING")
+        except (OSError, ValueError):
+            return None
+        return client
+
+    return until(answers, f"valkey at {host}:{port}")  # type: ignore[return-value]
+
+
+def play_pod() -> Container:
+    """The demo's pod."""
+    run("podman", "--runtime", "runc-architect", "kube", "play", POD)
+    return Container.of(POD_CONTAINER, "valkey")
+
+
+def run_alone() -> Container:
+    """The same image by `podman run`, which hibernates by command only."""
+    settings = {"managed-containers": [LONE], "disable-autoscaledown-containers": [LONE]}
+    plain = [
+        f"architect.loopholelabs.io/{key}={json.dumps(value, separators=(',', ':'))}"
+        for key, value in settings.items()
+    ]
+    # Podman 4 reads each as a line of CSV, Podman 5 as it is (docs/guide.md).
+    if run("podman", "version", "--format", "{{.Client.Version}}").startswith("4."):
+        plain = ['"' + text.replace('"', '""') + '"' for text in plain]
+    annotations = [word for text in plain for word in ("--annotation", text)]
+    publish = ["--publish", f"127.0.0.1:{LONE_PORT}:{POD_PORT}"]
+    words = ["--runtime", "runc-architect", "run", "--detach", "--name", LONE, *publish]
+    run("podman", *words, *annotations, "localhost/valkey:8")
+    return Container.of(LONE, LONE)
+
+
+# ---- what happens to it ----------------------------------------------------------------------------
+
+
+def vanishes_by_itself(pod: Container) -> None:
+    """Idle, it ends; its memory comes back, and Podman has not noticed."""
+    before = pod.memory()
+    require(before > MEGABYTES << 20, f"awake, it has {before} bytes")
+    until(pod.vanished, f"{pod.name} to vanish")
+    until(lambda: pod.memory() < HIBERNATED_BYTES, "its memory to come back")
+    row = until(lambda: (row := pod.row())["state"] == "SCALED_DOWN" and row, "SCALED_DOWN")
+    require(row and row["checkpoint_bytes"] > MEGABYTES << 20, f"its row is {row}")
+    status = pod.status()
+    require(status.startswith("Up"), f"podman says {status!r} of a hibernated container")
+    say(f"  {before} bytes in its cgroup before, {pod.memory()} now; podman: {status}")
+
+
+def wakes_on_open_connection(pod: Container, client: valkey.Valkey, keys: int) -> None:
+    """The client's next request is answered, with every value as it was written."""
+    require(client("GET", "key:7") == valkey.value(7), "the first answer is wrong")
+    require(not pod.vanished(), "it answers, but no program is there")
+    require(valkey.wrong(client, keys) == 0, "values differ from what was written")
+    until(lambda: pod.row()["state"] == "RUNNING", "RUNNING")
+
+
+def wakes_on_new_connection(pod: Container, keys: int) -> None:
+    """A stranger's SYN is answered: through the published port, and at the pod's own address."""
+    infra = run("podman", "pod", "inspect", "--format", "{{.InfraContainerID}}", pod.pod)
+    networks = json.loads(run("podman", "inspect", infra))[0]["NetworkSettings"]["Networks"]
+    address = next(iter(networks.values()))["IPAddress"]
+    for host in ("127.0.0.1", address):
+        pod.sleep()
+        client = valkey.Valkey(host, POD_PORT, DEADLINE_S)
+        require(valkey.wrong(client, keys) == 0, f"through {host}: values differ")
+        client.close()
+
+
+def wakes_by_exec(
+    pod: Container, client: valkey.Valkey, before: dict[str, list[str]]
+) -> None:
+    """`podman exec` wakes it, in the namespaces and the cgroup it had."""
+    pod.sleep()
+    require(run("podman", "exec", pod.name, "valkey-cli", "PING") == "PONG", "exec went wrong")
+    for name, after in pod.identity().items():
+        changed = set(before[name]) ^ set(after)
+        require(after == before[name], f"/proc/1/{name} inside it is another: {sorted(changed)}")
+    require(client("PING") == b"PONG", "the open connection is lost")
+
+
+def survives_the_daemons_death(pod: Container, client: valkey.Valkey, keys: int) -> None:
+    """systemd brings the killed daemon back, and it answers what was sent meanwhile."""
+    pod.sleep()
+    killed = main_pid()
+    process = os.pidfd_open(killed)
+    os.kill(killed, signal.SIGKILL)
+    select.select([process], [], [], DEADLINE_S)
+    os.close(process)
+    require(client("GET", "key:9") == valkey.value(9), "the first answer is wrong")
+    again = until(main_pid, "systemd to start the daemon again")
+    require(again != killed, f"the daemon is still {killed}")
+    require(valkey.wrong(client, keys) == 0, "values differ from what was written")
+    until(lambda: pod.row()["state"] == "RUNNING", "RUNNING")
+
+
+def waits_for_a_stopped_daemon(pod: Container, client: valkey.Valkey, keys: int) -> None:
+    """`architect down` wakes nothing; what is sent then is answered after `architect up`."""
+    pod.sleep()
+    run("architect", "down")
+    require(pod.vanished(), "`architect down` woke it")
+    client.socket.sendall(valkey.encode(["INCR", "count"]))
+    status = pod.status()
+    require(status.startswith("Up"), f"without a daemon podman says {status!r}")
+    require(pod.vanished(), "it woke without a daemon")
+    run("architect", "up")
+    require(client("INCR", "count") == 1, "what was sent without a daemon got no answer")
+    require(client("INCR", "count") == 2, "an answer is lost")
+    require(valkey.wrong(client, keys) == 0, "values differ from what was written")
+
+
+def stops_asleep(lone: Container) -> None:
+    """`podman stop` of a sleeper reaches the program: it ends by itself, with its own status."""
+    connect(LONE_PORT).close()
+    lone.sleep()
+    run("podman", "stop", "--time", str(int(DEADLINE_S)), lone.name)
+    found = json.loads(run("podman", "container", "inspect", lone.name))[0]["State"]
+    require((found["Status"], found["ExitCode"]) == ("exited", 0), f"stopped, it is {found}")
+    words = run("podman", "logs", lone.name)
+    require("Received SIGTERM" in words or "User requested shutdown" in words, words)
+    run("podman", "rm", lone.name)
+
+
+def nothing_left(*containers: Container) -> None:
+    """Neither processes, cgroups, checkpoints nor run directories."""
+    folders = (install.RUN / "containers", install.STATE / "checkpoints")
+
+    def left() -> list[Path]:
+        groups = [container.group for container in containers if container.group.exists()]
+        return groups + [path for folder in folders for path in folder.glob("*")]
+
+    until(lambda: not left(), f"{left()} to go")
+    require(architect("ps") == [], "`architect ps` lists something")
+
+
+def uninstalled() -> None:
+    """`make uninstall`."""
+    install.uninstall()
+    places = (install.PREFIX, install.UNIT, install.RUN, engines.PODMAN_RUNTIME)
+    left = [place for place in places if place.exists()]
+    require(not left, f"after uninstall there still is {left}")
+
+
+# ---- all of it -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Announce a step, and say in a failure which it was."""
+    say(what)
+    try:
+        yield
+    except (Failed, OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise Failed(f"{what}: {type(error).__name__}: {error}") from error
+
+
+def core_path() -> None:
+    """Every step in its order."""
+    with step("install"):
+        installed()
+    with step("architect up, down"):
+        started_by_systemd()
+    with step("architect check"):
+        fit()
+    with step("podman kube play, fill"):
+        pod = play_pod()
+        client = connect(POD_PORT)
+        keys = valkey.fill(client, MEGABYTES)
+        before = pod.identity()
+        require(before["cgroup"] == ["0::/"], f"its cgroup namespace is not its own: {before}")
+    with step("idle, it vanishes"):
+        vanishes_by_itself(pod)
+    with step("wakes by a packet on an open connection"):
+        wakes_on_open_connection(pod, client, keys)
+    with step("wakes by a new connection"):
+        wakes_on_new_connection(pod, keys)
+    with step("wakes by podman exec"):
+        wakes_by_exec(pod, client, before)
+    with step("the daemon is killed while it sleeps"):
+        survives_the_daemons_death(pod, client, keys)
+    with step("the daemon is stopped and started while it sleeps"):
+        waits_for_a_stopped_daemon(pod, client, keys)
+    with step("podman run, stop asleep"):
+        lone = run_alone()
+        stops_asleep(lone)
+    with step("podman kube down"):
+        pod.sleep()
+        run("podman", "kube", "down", POD)
+        nothing_left(pod, lone)
+    with step("uninstall"):
+        uninstalled()
+
+
+def leave_evidence() -> None:
+    """What is needed to find out why: logs of the daemon and of CRIU, and who is where."""
+    commands = {
+        "architectd.log": ["journalctl", "-b", "-u", install.UNIT.name, "-o", "cat", "--no-pager"],
+        "dmesg": ["dmesg"],
+        "processes": ["ps", "-eo", "pid,ppid,stat,wchan:20,cgroup:90,args"],
+        "podman": ["podman", "ps", "--all"],
+        "rules": ["nft", "list", "ruleset"],
+    }
+    for name, words in commands.items():
+        with (RESULTS / name).open("wb") as file:
+            subprocess.run(words, stdout=file, stderr=file, timeout=DEADLINE_S, check=False)
+    for root in (install.RUN / "containers", install.STATE):
+        logs = [*root.rglob("*.log"), *root.rglob("*.json"), *root.rglob("events.jsonl")]
+        for log in logs:
+            if log.is_file() and "/mnt/" not in str(log):
+                shutil.copyfile(log, RESULTS / str(log).strip("/").replace("/", "_"))
+
+
+def main() -> int:
+    """Program."""
+    say(" ".join((os.uname().release, run("podman", "--version"), sys.version.split()[0])))
+    try:
+        core_path()
+    except Exception as error:
+        traceback.print_exc(file=sys.stdout)
+        say(f"FAILED: {error}")
+        leave_evidence()
+        return 1
+    say("everything held")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

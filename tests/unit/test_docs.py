@@ -1,0 +1,211 @@
+"""The documentation keeps step with the code: whatever users can meet is in it, under its own name.
+
+Each test reads the names from the code itself, so a new annotation, verb, field, event reason, make target
+or message that refers to a heading fails here until it is written about.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import typer
+
+from architect.adapters import probes
+from architect.contract import annotations as known
+from architect.contract import paths
+from architect.contract.records import (
+    CHECKPOINT_FORMAT,
+    CheckpointManifest,
+    Event,
+    PageDigests,
+    Row,
+)
+from architect.contract.states import State
+from architect.decisions import life
+from architect.processes.cli.main import app
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "src" / "architect").rglob("*.py"))
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+REFERENCE = (ROOT / "docs" / "reference.md").read_text()
+
+
+def missing(names: list[str], page: str) -> list[str]:
+    """The names that ``page`` does not have in code markup, alone or as part of a longer word."""
+    spans = re.findall(r"`([^`\n]+)`", page)
+    return [
+        name
+        for name in names
+        if not any(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", span) for span in spans)
+    ]
+
+
+def section(title: str) -> str:
+    """The part of the reference below a heading, up to the next one of its level or above."""
+    level, rest = re.split(rf"^(#+) {re.escape(title)}$", REFERENCE, maxsplit=1, flags=re.M)[1:]
+    return re.split(rf"^#{{2,{len(level)}}} ", rest, maxsplit=1, flags=re.M)[0]
+
+
+def test_the_diagram_is_the_table() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = re.findall(r"```mermaid\n(.*?)```", page, re.S)
+    assert drawn == [life.mermaid()]
+
+
+def test_every_annotation_is_explained() -> None:
+    every = (*known.USER_ANNOTATIONS, *known.OWN_ANNOTATIONS)
+    names = [name.removeprefix(known.PREFIX) for name in every]
+    assert missing(names, section("Annotations")) == []
+    constants = {
+        value
+        for value in vars(known).values()
+        if isinstance(value, str) and value.startswith(known.PREFIX)
+    }
+    assert constants == {known.PREFIX, *every}, "a constant is in neither list"
+
+
+def test_defaults_and_bounds_are_what_the_reference_says() -> None:
+    rules = section("Those that take effect")
+    second = 10**9
+    assert f"`{known.DEFAULT_SCALEDOWN_NS // second}s`" in rules
+    assert f"Minimum `{known.MINIMUM_SCALEDOWN_NS // second}s`" in rules
+    assert f"`{known.MAXIMUM_INITIAL_DELAY_NS // second // 3600}h`" in rules
+
+
+def test_every_verb_and_option_is_explained() -> None:
+    page = section("Command line")
+    names = []
+    for command in app.registered_commands:
+        assert command.callback is not None
+        names.append(command.name or command.callback.__name__)
+    assert len(names) > 5
+    assert missing(names, page) == []
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    assert sorted(group.commands) == sorted(names)
+    for verb in group.commands.values():
+        for option in verb.params:
+            assert missing([one for one in option.opts if one.startswith("-")], page) == []
+
+
+@pytest.mark.parametrize(
+    ("record", "title"),
+    [
+        (Row, "architect ps"),
+        (probes.Finding, "architect check"),
+        (Event, "Events"),
+        (CheckpointManifest, "Checkpoint format"),
+        (PageDigests, "Checkpoint format"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_every_field_is_explained(record: type[msgspec.Struct], title: str) -> None:
+    names = [one.encode_name for one in msgspec.structs.fields(record)]
+    assert missing(names, section(title)) == []
+
+
+def test_every_state_is_explained() -> None:
+    shown = {state.shown for state in State if state is not State.ENDED}
+    assert missing(sorted(shown), section("architect ps")) == []
+
+
+def test_the_checkpoint_format_is_the_one_described() -> None:
+    assert f"Version {CHECKPOINT_FORMAT}." in section("Checkpoint format")
+
+
+def reasons() -> set[str]:
+    """The literal reasons in all calls of ``Event`` and of methods named ``event``."""
+    found: set[str] = set()
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            given: list[ast.expr] = []
+            if name == "event":
+                given = node.args[:1]
+            elif name == "Event":
+                given = [word.value for word in node.keywords if word.arg == "reason"]
+            found |= {text for one in given for text in _texts(one)}
+    return found
+
+
+def _texts(expression: ast.expr) -> Iterator[str]:
+    # Of a conditional expression both branches, but nothing of its condition.
+    if isinstance(expression, ast.IfExp):
+        yield from _texts(expression.body)
+        yield from _texts(expression.orelse)
+    elif isinstance(expression, ast.Constant) and isinstance(expression.value, str):
+        yield expression.value
+
+
+def test_every_event_reason_is_explained() -> None:
+    used = reasons()
+    assert {"ScaledDown", "ScaledUp", "RestoreFailed", "Warning"} <= used
+    assert missing(sorted(used), section("Events")) == []
+
+
+def test_no_event_reason_is_promised_that_is_never_used() -> None:
+    table = section("Events").split("| reason | meaning |")[1]
+    promised = set(re.findall(r"^\| `(\w+)` \|", table, re.M))
+    assert promised == reasons()
+
+
+def test_every_make_target_is_explained() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z-]+):.*## ", makefile, re.M)
+    assert len(targets) > 5
+    assert missing([f"make {target}" for target in targets], section("Make targets")) == []
+
+
+def test_every_path_is_listed() -> None:
+    written = re.findall(r"`([^`\n]+)`", section("Files") + section("Sockets"))
+    for path in (value for value in vars(paths).values() if isinstance(value, Path)):
+        listed = any(str(path) in one for one in written) or path.name in written
+        assert listed, f"{path} is not in the reference"
+
+
+def anchor(heading: str) -> str:
+    """The fragment that GitHub makes of a heading."""
+    plain = re.sub(r"[`*\[\]()]", "", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+def headings(page: Path) -> list[str]:
+    """All headings of a page, code blocks left out."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    return re.findall(r"^#+ (.*)$", text, re.M)
+
+
+def test_every_heading_that_a_message_names_exists() -> None:
+    pattern = re.compile(r"docs/(\w+)\.md, '([^']+)'")
+    named = {found for source in SOURCES for found in pattern.findall(source.read_text())}
+    assert named
+    for page, heading in named:
+        present = [one.lower() for one in headings(ROOT / "docs" / f"{page}.md")]
+        assert heading.lower() in present, f"docs/{page}.md has no heading '{heading}'"
+
+
+def test_every_page_that_the_source_names_exists() -> None:
+    for source in SOURCES:
+        for page in re.findall(r"docs/\w+\.md", source.read_text()):
+            assert (ROOT / page).exists(), f"{source} names {page}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        name, _, fragment = target.partition("#")
+        there = (page.parent / name).resolve() if name else page
+        assert there.exists(), f"{page.name} links to {target}"
+        if fragment:
+            anchors = [anchor(one) for one in headings(there)]
+            assert fragment in anchors, f"{page.name} links to {target}"
