@@ -305,6 +305,11 @@ static void init_ended(int status)
 		hibernate();
 		return;
 	}
+	if (self.phase == RESTORING && !self.job) {
+		/* It was ended because its pages would never have come. */
+		start_restore(1);
+		return;
+	}
 	if (self.phase != HIBERNATED && self.phase != RESTORING)
 		leave(exit_code(status));
 }
@@ -343,6 +348,12 @@ static void restored(int status)
 	char text[64];
 	pid_t init = status ? 0 : read_pid("restored.pid");
 
+	if (init && !self.eager && pager_status()->state == PAGER_FAILED) {
+		/* Restored, but there is nobody left who could bring its pages: its end is seen in init_ended. */
+		self.init = init;
+		kill(init, SIGKILL);
+		return;
+	}
 	if (init) {
 		adopt(init);
 		return;

@@ -347,7 +347,7 @@ int verb_state(const struct command *command)
 int verb_kill(const struct command *command)
 {
 	char reply[MESSAGE_MAX], text[32];
-	int keeper = keeper_connect(command->id);
+	int keeper = keeper_connect(command->id), connection = -1;
 	int signal = signal_number(command->signal ? command->signal : "TERM");
 
 	if (keeper < 0 || keeper_ask(keeper, "status", reply, sizeof reply))
@@ -357,10 +357,17 @@ int verb_kill(const struct command *command)
 	/* Not by runc: the init may be frozen for a dump, and a signal that CRIU did not see is lost. */
 	if (command->all && phase_is(reply, "running"))
 		become_runc(command);
+	if (signal && signal != SIGKILL && phase_is(reply, "hibernated")) {
+		/* The daemon's wake is the better one: it checks the checkpoint, lifts limits and reports. The
+		 * keeper can do without, and tries by itself if it must. */
+		connection = daemon_ask(&(struct request){ .verb = "signal", .id = command->id }, reply, sizeof reply);
+	}
 	snprintf(text, sizeof text, "kill %d", signal);
-	if (keeper_ask(keeper, text, reply, sizeof reply) || !strncmp(reply, "ok", 2))
-		return 0;
-	return fail(command, reply);
+	if (keeper_ask(keeper, text, reply, sizeof reply))
+		reply[0] = 0; /* gone, as it was told */
+	if (connection >= 0)
+		close(connection);
+	return strncmp(reply, "error", 5) ? 0 : fail(command, reply);
 }
 
 int verb_delete(const struct command *command)

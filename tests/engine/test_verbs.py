@@ -477,8 +477,9 @@ def test_pod_with_one_managed_container(pod: Callable[[list[str]], Pod]) -> None
     clients = {name: made.ready(name) for name in made.ports}
     one.sleep()
     assert [clients[name].ask("count") for name in made.ports] == ["1", "1"]
-    architect("wake", made.name)
+    one.sleep()
     podman("pod", "restart", made.name)
+    assert one.events("RestoreFailed") == []
     made.remember()
     clients = {name: made.ready(name) for name in made.ports}
     one.sleep()

@@ -32,6 +32,9 @@ _CLONE_NEWNS: Final = 0x20000
 _MNT_DETACH: Final = 2
 _AT_FDCWD: Final = -100
 
+_COPIED: Final = 1 << 20
+"""Bytes of a bind-mounted file up to which its contents are copied, in case it is deleted."""
+
 _MADE_BY_CRIU: Final = frozenset({"proc", "sysfs", "devpts", "mqueue"})
 """File systems that belong to the container's own namespaces; CRIU mounts them anew."""
 
@@ -60,6 +63,21 @@ async def keep(pid: int, directory: Path) -> list[tuple[str, str]]:
             fix="see docs/troubleshooting.md, 'mounts'",
         )
     return [(point, kept) for point, kept in json.loads(output)]
+
+
+def uncover_deleted(directory: Path) -> int:
+    """Replaces kept files that were deleted on the host by copies; returns how many there were.
+
+    Podman writes a pod's /etc/hosts and the like anew when the pod restarts. A mount of a deleted file
+    cannot be mounted anywhere again, so the program gets the contents that it knew.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    uncovered = 0
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        words = line.split()
+        if words[4].startswith(f"{directory}/") and words[3].endswith("//deleted"):
+            uncovered += libc.umount2(words[4].encode(), _MNT_DETACH) == 0
+    return uncovered
 
 
 def release(directory: Path) -> None:
@@ -120,10 +138,14 @@ def _receive_clones(points: list[str], directory: Path, peer: socket.socket) -> 
         if not trees:
             raise OSError(f"no clone of {point} arrived")
         place = directory / str(number)
-        if stat.S_ISDIR(os.fstat(trees[0]).st_mode):
+        found = os.fstat(trees[0])
+        if stat.S_ISDIR(found.st_mode):
             place.mkdir(exist_ok=True)
         else:
             place.touch()
+            if stat.S_ISREG(found.st_mode) and found.st_size <= _COPIED:
+                # Beneath the mount, for uncover_deleted.
+                place.write_bytes(Path(f"/proc/self/fd/{trees[0]}").read_bytes())
         moved = libc.syscall(
             _SYS_MOVE_MOUNT, trees[0], b"", _AT_FDCWD, str(place).encode(), _MOVE_MOUNT_F_EMPTY_PATH
         )

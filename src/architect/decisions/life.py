@@ -58,6 +58,10 @@ TABLE: Final[dict[tuple[S, H], Step]] = {
     (S.SCALING_UP, H.RESTORE_FAILED): Step(
         S.STRANDED, (A.GATE_SLEEP, A.REPORT_RESTORE_FAILED, A.SCHEDULE_RETRY)
     ),
+    # The keeper tried by itself, for a signal that came while no daemon ran, and failed.
+    (S.SCALED_DOWN, H.RESTORE_FAILED): Step(
+        S.STRANDED, (A.GATE_SLEEP, A.REPORT_RESTORE_FAILED, A.SCHEDULE_RETRY)
+    ),
     (S.STRANDED, H.WANTED): Step(S.SCALING_UP, (A.GATE_HOLD, A.START_RESTORE)),
     (S.FILLING, H.FILLED): Step(S.RUNNING, (A.DROP_IMAGES, A.START_IDLE_CLOCK)),
     # The keeper can wake by itself, for a signal that came while no daemon ran.

@@ -34,18 +34,16 @@ from architect.processes.architectd.clock import IdleClock
 from architect.processes.architectd.gates import Gates
 from architect.processes.architectd.reporter import Reporter
 from architect.processes.architectd.subject import NotAsleep
+from architect.processes.architectd.waiters import AWAKE, Waiters
 
 _RETRY_S: Final = 10.0
 """Seconds after a failed restore until the next try, and after a failed dump at least until the next."""
+_SIGNAL_FAILED: Final = ("hibernated", "restoring", State.SCALED_DOWN)
+"""The keeper's phase, its last one, and our state, when a wake that it began by itself has failed."""
 _RECLAIMS: Final = 3
 _RECLAIM_S: Final = 0.7
 _ENGINE_RETRY_S: Final = 0.5
 """Seconds until an engine that gave no answer is asked again; doubled each time."""
-_AWAKE: Final = (State.RUNNING, State.FILLING)
-
-
-class NotAwake(ArchitectError):
-    """The container could not be woken."""
 
 
 @dataclass(slots=True)
@@ -75,13 +73,13 @@ class ManagedContainer:
         self._report = Reporter(record, context.events)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._awake: list[asyncio.Future[None]] = []
-        self._asleep: list[asyncio.Future[None]] = []
-        self._changed: list[asyncio.Future[None]] = []
+        self._waiters = Waiters()
         self._began = 0.0
         self._failure: ArchitectError | None = None
         self._why = ""
         self._checkpoint_bytes = 0
+        self._phase = ""
+        """The keeper's, as it last told."""
         self._unfit = False
         """The last restore failed: what is in the checkpoint now may be another file than then."""
 
@@ -99,7 +97,7 @@ class ManagedContainer:
             self._log_transition(before, happening)
             if self.state not in (State.ENDED, State.SCALING_UP):
                 self.save()  # Not on the way of a wake, which changes nothing that is recorded.
-            self._settle_waiters()
+            self._waiters.settle(self.state, self.name, self._failure, self._why)
 
     async def wake(self, why: str) -> None:
         """Returns when the program runs.
@@ -108,10 +106,9 @@ class ManagedContainer:
             NotAwake: its restore failed, or the container ended; its checkpoint is kept.
         """
         self.clock.touch()
-        if self.state in _AWAKE or self.state is State.CREATED:
+        if self.state in AWAKE or self.state is State.CREATED:
             return
-        waiter = asyncio.get_running_loop().create_future()
-        self._awake.append(waiter)
+        waiter = self._waiters.awake()
         self._why = why
         self.happen(Happening.WANTED)
         await waiter
@@ -126,7 +123,7 @@ class ManagedContainer:
         if self.clock.cgroup is not None and self.clock.cgroup.frozen():
             raise NotAsleep(what=f"{self.name} stays", why="it is paused", fix="unpause it first")
         while self.state is State.FILLING:
-            await self._next_state()
+            await self._waiters.change()
         if self.state is State.RUNNING:
             sessions = self.clock.sessions()
             if sessions:
@@ -139,8 +136,7 @@ class ManagedContainer:
             raise NotAsleep(what=f"{self.name} stays", why="it does not run", fix="start it first")
         if self.state in (State.SCALED_DOWN, State.STRANDED):
             return
-        waiter = asyncio.get_running_loop().create_future()
-        self._asleep.append(waiter)
+        waiter = self._waiters.asleep()
         self._why = why
         self.happen(Happening.IDLE)
         await waiter
@@ -153,7 +149,7 @@ class ManagedContainer:
     def row(self) -> Row:
         """Its line in `architect ps`."""
         idle_s = None
-        if self.state in _AWAKE:
+        if self.state in AWAKE:
             idle_s = self.clock.idle_s()
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.record.since))
         return Row(
@@ -371,7 +367,11 @@ class ManagedContainer:
             self.happen(Happening.WANTED)
 
     def _awake_is_wanted(self) -> bool:
-        return bool(self._awake) or self.clock.place is None or self.clock.place.activity().held > 0
+        return (
+            self._waiters.want_it_awake
+            or self.clock.place is None
+            or self.clock.place.activity().held > 0
+        )
 
     def _mend_runtime(self) -> None:
         try:
@@ -514,23 +514,19 @@ class ManagedContainer:
                 self.record.lifted = self.clock.cgroup.lift_limits()
                 if self.record.lifted:
                     self.save()
-            asked = asyncio.create_task(self._keeper.ask("wake", timeout_s=120.0))
-            # Once the order is out: the disk and CRIU then work side by side.
-            asyncio.get_running_loop().call_soon(warm.read_back, self.record.warm)
-            status = await asked
+            try:
+                status = await self._order_wake(self._keeper)
+            except KeeperError:
+                if not mounts.uncover_deleted(self._run / "mnt"):
+                    raise
+                status = await self._order_wake(self._keeper)
         except (ArchitectError, OSError) as error:
             if self.state is State.ENDED:
                 return
             self._unfit = True
             self._failure = _as_error(error, f"{self.name} could not be woken")
             if isinstance(error, KeeperError):
-                place = self._store.committed()
-                why = criu.reason(place / "restore.log") if place else error.why
-                self._failure = criu.CriuError(
-                    what=f"{self.name} could not be woken, its checkpoint is kept",
-                    why=f"{error.why}: {why}",
-                    fix="see docs/troubleshooting.md, 'restore failed'",
-                )
+                self._failure = self._restore_failure(error.why)
             self._return_limits()
             self.happen(Happening.RESTORE_FAILED)
             return
@@ -542,6 +538,21 @@ class ManagedContainer:
         # Asked anew: the news that the last page is in may have come before the state was FILLING.
         with contextlib.suppress(KeeperError):
             self._news(await self._keeper.ask("status"))
+
+    async def _order_wake(self, keeper: Keeper) -> KeeperStatus:
+        asked = asyncio.create_task(keeper.ask("wake", timeout_s=120.0))
+        # Once the order is out: the disk and CRIU then work side by side.
+        asyncio.get_running_loop().call_soon(warm.read_back, self.record.warm)
+        return await asked
+
+    def _restore_failure(self, why: str) -> ArchitectError:
+        place = self._store.committed()
+        reason = criu.reason(place / "restore.log") if place else "its checkpoint is gone"
+        return criu.CriuError(
+            what=f"{self.name} could not be woken, its checkpoint is kept",
+            why=f"{why}: {reason}",
+            fix="see docs/troubleshooting.md, 'restore failed'",
+        )
 
     def _return_limits(self) -> None:
         if self.record.lifted:
@@ -559,6 +570,10 @@ class ManagedContainer:
             self.record.last_scale_up_ms = None
             self._why = "signal"
             self.happen(Happening.RESTORED)
+        elif (status.phase, self._phase, self.state) == _SIGNAL_FAILED:
+            self._failure = self._restore_failure("the keeper tried, for a signal")
+            self.happen(Happening.RESTORE_FAILED)
+        self._phase = status.phase
         if self.state is not State.FILLING:
             return
         if status.pager_state is PagerState.STALLED and self.record.error is None:
@@ -659,28 +674,6 @@ class ManagedContainer:
             bytes=self._checkpoint_bytes,
         )
 
-    def _settle_waiters(self) -> None:
-        """Tells those who wait for a state that it is there, or will not come."""
-        _resolve(self._changed, None)
-        if self.state in _AWAKE:
-            _resolve(self._awake, None)
-            why = str(self._failure) if self._failure else f"it was wanted: {self._why}"
-            _resolve(self._asleep, NotAsleep(f"{self.name} stays awake", why, "try again later"))
-        elif self.state is State.SCALED_DOWN:
-            _resolve(self._asleep, None)
-        elif self.state is State.STRANDED:
-            _resolve(self._awake, self._failure)
-        elif self.state is State.ENDED:
-            gone = NotAwake(f"{self.name} is gone", "the container has ended", "start it again")
-            _resolve(self._awake, gone)
-            _resolve(self._asleep, gone)
-
-    async def _next_state(self) -> None:
-        """Returns at the next change of state."""
-        waiter = asyncio.get_running_loop().create_future()
-        self._changed.append(waiter)
-        await waiter
-
     def _task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -690,16 +683,6 @@ class ManagedContainer:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._report.log("internal error", error=repr(task.exception()))
-
-
-def _resolve(waiters: list[asyncio.Future[None]], error: ArchitectError | None) -> None:
-    for waiter in waiters:
-        if not waiter.done():
-            if error is None:
-                waiter.set_result(None)
-            else:
-                waiter.set_exception(error)
-    waiters.clear()
 
 
 def _as_error(error: Exception, what: str) -> ArchitectError:

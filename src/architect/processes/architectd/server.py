@@ -1,7 +1,7 @@
 """The daemon's socket: requests of runc-architect and of the command line, one line of JSON each.
 
-Replies are one line, "ok ..." or "error TEXT"; after `exec` and `pause` the container is kept awake until
-the connection closes, and `events` with follow goes on line by line.
+Replies are one line, "ok ..." or "error TEXT". After `exec`, `pause` and `signal` the container is kept awake
+until the connection closes; `events` with follow goes on line by line.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Server:
     ) -> None:
         try:
             request = msgspec.json.decode(line, type=Request)
-            if request.verb in ("exec", "pause"):
+            if request.verb in ("exec", "pause", "signal"):
                 await self._lease(request, reader, writer)
                 return
             if request.verb == "events":
