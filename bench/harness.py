@@ -7,6 +7,7 @@ Results go to bench/results/*.jsonl, one object a line: ``name``, ``subject``, `
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -81,15 +82,27 @@ def container(
             "network-monitor": json.dumps({name: "packets"}),
         }
         for key, value in annotations.items():
-            # Podman reads each --annotation as a line of CSV.
-            quoted = f"{PREFIX}/{key}={value}".replace('"', '""')
-            words += ["--annotation", f'"{quoted}"']
+            words += ["--annotation", podman_value(f"{PREFIX}/{key}={value}")]
     try:
         yield run([*words, image, *command]).strip()
     finally:
         subprocess.run(
             ["podman", "rm", "-f", "-t", "0", name], capture_output=True, check=False, timeout=60
         )
+
+
+@functools.cache
+def podman_major() -> int:
+    """The major version of Podman."""
+    return int(run(["podman", "version", "-f", "{{.Client.Version}}"]).split(".")[0])
+
+
+def podman_value(text: str) -> str:
+    """An option's value as this Podman wants it: before version 5 it is read as a line of CSV."""
+    if podman_major() >= 5:
+        return text
+    quoted = text.replace('"', '""')
+    return f'"{quoted}"'
 
 
 def connect(port: int, deadline_s: float = 20) -> Valkey:

@@ -14,7 +14,18 @@ PORTS = {"architect": 16700, "runc": 16701}
 def requests_per_second(port: int, requests: int) -> dict[str, float]:
     """GET and SET rates of one run."""
     words = ["podman", "--runtime", "runc", "run", "--rm", "--network", "host", harness.IMAGE]
-    words += ["valkey-benchmark", "-p", str(port), "-n", str(requests), "-c", "20", "-t", "get,set", "--csv"]
+    words += [
+        "valkey-benchmark",
+        "-p",
+        str(port),
+        "-n",
+        str(requests),
+        "-c",
+        "20",
+        "-t",
+        "get,set",
+        "--csv",
+    ]
     rates = {}
     for line in harness.run(words).splitlines()[1:]:
         name, rate = line.split(",")[:2]

@@ -301,7 +301,10 @@ static void init_ended(int status)
 {
 	self.init = 0;
 	self.init_status = status;
-	if (self.phase == DUMPING && !self.ending && committed()) {
+	/* CRIU ends programs by SIGKILL. One that left by itself, thawed after a commit that nobody
+	 * confirmed, has gone further than its checkpoint and must not come back as it was. */
+	if (self.phase == DUMPING && !self.ending && WIFSIGNALED(status) &&
+	    WTERMSIG(status) == SIGKILL && committed()) {
 		hibernate();
 		return;
 	}

@@ -193,6 +193,9 @@ static int map_file(int directory, const char *name, void **bytes, uint64_t *len
 		*bytes = mmap(NULL, *length, PROT_READ, MAP_SHARED, fd, 0);
 	if (*bytes == MAP_FAILED)
 		error = -errno;
+	else if (*length)
+		/* The kernel would read a whole read-ahead window, megabytes on some disks, around each page. */
+		madvise(*bytes, *length, MADV_RANDOM);
 	close(fd);
 	return error;
 }

@@ -374,9 +374,15 @@ static uint64_t pause_after(enum outcome outcome)
 	}
 }
 
+/* Pages of a program that is quicker filled than it can ask. */
+enum { SMALL = 4096 };
+
 static uint64_t until_fill(void)
 {
 	uint64_t now = monotonic_ns(), start = shared->status.t_running_ns, due = start;
+
+	if (shared->status.pages_total <= SMALL)
+		return 0;
 
 	if (tasks_last_fault_ns() > due)
 		due = tasks_last_fault_ns();
@@ -508,6 +514,7 @@ static void take_in(uint64_t longest)
 	if (set[2].revents && state() == PAGER_RESTORING)
 		hear_criu();
 	if (set[2].revents && state() == PAGER_ARMED && criu_accept()) {
+		tasks_read_hot_ahead();
 		lock_records();
 		set_state(PAGER_RESTORING);
 	}

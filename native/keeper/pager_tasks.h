@@ -29,6 +29,8 @@ int tasks_loaded(void);
 int tasks_adopt(int pid, int fd);
 /* Reads and applies the events that wait on the userfaultfd of task index. */
 enum outcome tasks_read_events(unsigned index);
+/* CRIU has connected: has the disk bring what earlier wakes asked for first, while CRIU is at work. */
+void tasks_read_hot_ahead(void);
 /* Serves the page faults that were read: the worst outcome, PLACED if nobody waits any more. */
 enum outcome tasks_settle(void);
 /* Places the next piece of what nobody has asked for yet: PLACED if it is worth to go on at once. */

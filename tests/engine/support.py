@@ -25,6 +25,7 @@ from architect.contract.annotations import (
     PREFIX,
     SCALEDOWN_DURATIONS,
 )
+from bench.harness import podman_value
 
 TEST_IMAGE: Final = "localhost/architect-test:1"
 VALKEY_IMAGE: Final = "localhost/valkey:8"
@@ -157,10 +158,9 @@ def free_port(kind: socket.SocketKind = socket.SOCK_STREAM) -> int:
 
 
 def annotation(key: str, value: object) -> tuple[str, str]:
-    """Return podman's option for one annotation; Podman parses its value as CSV."""
+    """Return podman's option for one annotation."""
     text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-    quoted = f"{PREFIX}{key.removeprefix(PREFIX)}={text}".replace('"', '""')
-    return "--annotation", f'"{quoted}"'
+    return "--annotation", podman_value(f"{PREFIX}{key.removeprefix(PREFIX)}={text}")
 
 
 def settings(

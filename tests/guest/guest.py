@@ -60,7 +60,7 @@ _CPU: Final = "max,la57=off,cx16=off"
 
 Without five-level page tables every TLB miss walks one level less. With parallel processors
 qemu 7.2 corrupts the flags after cmpxchg16b, of which the 6.12 kernel's allocator died by a double
-fault in three boots of three; with the instruction hidden the kernel uses its own replacement.
+fault in two boots of three; with the instruction hidden the kernel uses its own replacement.
 """
 
 _ACCEL: Final = "tcg,thread=single,tb-size=512"

@@ -3,14 +3,13 @@
 A guest has no network, so nothing can be fetched there: the payload is the part of a built
 checkout that scripts/install.py reads, the locked Python packages for either release's interpreter,
 and the archive of the valkey image. :mod:`tests.guest.core_path` installs and runs it. Called by
-test_guest.py, and by hand to try something: ``python -m tests.guest.payload DIRECTORY``.
+test_guest.py, and by hand to try something: ``PYTHONPATH=.:scripts python -m tests.guest.payload``.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Final
 
@@ -37,9 +36,9 @@ CARRIED: Final = (
 )
 """Paths of the checkout that a guest gets, where they are."""
 
-IMAGE_ARCHIVE: Final = "valkey.tar"
-PACKAGES: Final = "packages"
-"""Beside them: the image, and below `packages/3.X` what belongs into that Python's site-packages."""
+TARGET: Final = BUILD / "guest-payload"
+"""Where it is put together: :data:`CARRIED`, the image as ``valkey.tar``, and in ``packages/3.X`` what
+belongs into that Python's site-packages."""
 
 _PLATFORMS: Final = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_28_x86_64")
 """Tags of binary wheels that glibc 2.36, Debian 12's, can load (PEP 600)."""
@@ -48,8 +47,10 @@ _MARKER: Final = re.compile(r" ; python_full_version [^\\\n]*")
 """A requirement's condition. pip judges it by its own interpreter, not by the one it is asked for."""
 
 
-def build(target: Path) -> Path:
+def build(target: Path = TARGET) -> Path:
     """Make the payload at a directory, in place of what is there; return that directory.
+
+    Only the packages take long, and come from the cache while they stay the same.
 
     Raises Failure (scripts/common.py) when something is not built or cannot be downloaded.
     """
@@ -65,8 +66,8 @@ def build(target: Path) -> Path:
         else:
             shutil.copy2(source, place)
     for version in INTERPRETERS:
-        shutil.copytree(_packages(version), fresh / PACKAGES / version)
-    _archive_image(fresh / IMAGE_ARCHIVE)
+        shutil.copytree(_packages(version), fresh / "packages" / version)
+    _archive_image(fresh / "valkey.tar")
     replace_tree(fresh, target)
     return target
 
@@ -110,4 +111,4 @@ def _archive_image(target: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1])))
+    print(build())

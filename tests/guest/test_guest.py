@@ -6,12 +6,11 @@ are for a busy machine of two cores: a boot is twelve seconds on an idle one.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import pytest
 
-from tests.guest import guest
+from tests.guest import guest, payload
 from tests.guest.guest import DEBIAN_12, DEBIAN_13, RELEASES, Guest, GuestError, Release
 
 SMOKE_TIMEOUT_S = 600.0
@@ -20,8 +19,8 @@ SMOKE_TIMEOUT_S = 600.0
 CORE_PATH_TIMEOUT_S = 3000.0
 """For the whole core path, some ten times slower than native."""
 
-PAYLOAD = Path(__file__).parents[2] / "build" / "guest-payload"
-"""Where make puts what the core path needs in a guest."""
+CORE_PATH = "PYTHONPATH=.:scripts exec python3 -m tests.guest.core_path"
+"""Installs what the payload carries, and runs it; its exit status is the verdict."""
 
 SMOKE = """
 uname -r
@@ -83,13 +82,13 @@ def test_a_guest_boots_its_stock_kernel_and_hands_everything_back(
     release: Release, tmp_path: Path, cache: Path
 ) -> None:
     """The seam itself: kernel, cgroup v2, systemd, output, exit status, files; and no traces."""
-    payload = tmp_path / "payload"
-    payload.mkdir()
-    (payload / "greeting").write_text("hello from the payload\n")
+    disk = tmp_path / "payload"
+    disk.mkdir()
+    (disk / "greeting").write_text("hello from the payload\n")
     image = guest.build(release).root
     before = image.stat()
 
-    result = Guest(release, cache).run(payload, SMOKE, SMOKE_TIMEOUT_S)
+    result = Guest(release, cache).run(disk, SMOKE, SMOKE_TIMEOUT_S)
 
     kernel, file_system, controllers, state, *rest = result.output.splitlines()
     assert kernel.startswith(f"{release.kernel}."), result.output
@@ -101,7 +100,7 @@ def test_a_guest_boots_its_stock_kernel_and_hands_everything_back(
     assert result.exit_code == 7
     assert result.files["deep/file"] == b"left behind"
     assert b"systemd" in result.files[".journal"]
-    assert [entry.name for entry in payload.iterdir()] == ["greeting"]
+    assert [entry.name for entry in disk.iterdir()] == ["greeting"]
     assert _leftovers(cache) == []
     assert (image.stat().st_mtime_ns, image.stat().st_blocks) == (
         before.st_mtime_ns,
@@ -113,11 +112,11 @@ def test_a_guest_boots_its_stock_kernel_and_hands_everything_back(
 @pytest.mark.usefixtures("_guests")
 def test_a_guest_past_its_deadline_is_killed(tmp_path: Path, cache: Path) -> None:
     """A hung guest ends at the deadline, whatever it is doing, and leaves no process and file."""
-    payload = tmp_path / "payload"
-    payload.mkdir()
+    disk = tmp_path / "payload"
+    disk.mkdir()
 
     with pytest.raises(GuestError, match="within 5 s and was killed") as caught:
-        Guest(DEBIAN_12, cache).run(payload, "exec sleep infinity", 5)
+        Guest(DEBIAN_12, cache).run(disk, "exec sleep infinity", 5)
 
     assert "--- console" in str(caught.value)
     assert _leftovers(cache) == []
@@ -128,8 +127,8 @@ def test_a_guest_past_its_deadline_is_killed(tmp_path: Path, cache: Path) -> Non
 @pytest.mark.usefixtures("_guests")
 def test_a_panic_of_the_kernel_ends_the_run_with_the_console(tmp_path: Path, cache: Path) -> None:
     """A dead kernel does not wait for the deadline; the error has its and the command's words."""
-    payload = tmp_path / "payload"
-    payload.mkdir()
+    disk = tmp_path / "payload"
+    disk.mkdir()
     command = """
     echo the last words
     python3 -c 'import termios; termios.tcdrain(1)'
@@ -137,34 +136,33 @@ def test_a_panic_of_the_kernel_ends_the_run_with_the_console(tmp_path: Path, cac
     """
 
     with pytest.raises(GuestError, match="without an exit status") as caught:
-        Guest(DEBIAN_13, cache).run(payload, command, SMOKE_TIMEOUT_S)
+        Guest(DEBIAN_13, cache).run(disk, command, SMOKE_TIMEOUT_S)
 
     assert "sysrq triggered crash" in str(caught.value)
     assert "the last words" in str(caught.value)
     assert _leftovers(cache) == []
 
 
+@pytest.fixture(scope="session")
+def built(_guests: None) -> Path:
+    """Put the built checkout where the guests get it from."""
+    return payload.build()
+
+
 @every_release
 @boots
-@pytest.mark.usefixtures("_guests")
-def test_the_core_path(release: Release) -> None:
-    """Vanish, wake by a packet on an open connection, exec, daemon killed: on users' kernels."""
-    if not PAYLOAD.exists():
-        pytest.skip(f"no payload at {PAYLOAD}: make builds it")
-    result = Guest(release).run(PAYLOAD, core_path_payload(PAYLOAD), CORE_PATH_TIMEOUT_S)
-    assert result.exit_code == 0, result.output
+@pytest.mark.slow
+def test_the_core_path(release: Release, built: Path, tmp_path: Path) -> None:
+    """On users' kernels an idle container vanishes, and comes back by all that wakes one.
 
-
-def core_path_payload(payload: Path) -> str:
-    """Return the command that installs the payload in the guest and runs its core-path script.
-
-    The payload holds the installed tree (``usr/local/lib/architect`` and what else ``make
-    install`` writes, by its place below /) and ``core_path``, the script to run once it is
-    installed; its exit status is the verdict.
+    By a packet on an open connection, on a new one, by exec, and by what was sent while the daemon
+    was dead; systemd starts and stops the daemon, Podman stops a sleeper, and uninstalling leaves
+    nothing. The steps are in core_path.py, which says at which one it failed.
     """
-    installed = [entry.name for entry in payload.iterdir() if entry.is_dir()]
-    copies = "".join(f"cp -a {shlex.quote('/payload/' + name)} /\n" for name in sorted(installed))
-    return f"set -e\n{copies}exec /payload/core_path"
+    result = Guest(release).run(built, CORE_PATH, CORE_PATH_TIMEOUT_S)
+    for name, content in result.files.items():
+        (tmp_path / Path(name).name).write_bytes(content)
+    assert result.exit_code == 0, f"{result.output}\nits logs are in {tmp_path}"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
         annotations=ours,
         engine=podman.command(monitor),
         rootfs=str(rootfs),
+        since=time.time(),
         shared_ipc=oci.namespaces(spec).get("ipc") is not None,
     )
     try:

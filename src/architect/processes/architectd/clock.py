@@ -19,6 +19,9 @@ from architect.decisions import idle
 from architect.processes.architectd.gates import Place
 
 _SECOND_NS: Final = 10**9
+_BACKOFF_S: Final = 10.0
+_LONGEST_BACKOFF_S: Final = 600.0
+"""Seconds until the next try after a failed dump: at first, doubled each time, and at the most."""
 _SHORTEST_S: Final = 0.05
 """Seconds between two looks at the least, whatever the rounding."""
 
@@ -31,6 +34,8 @@ class IdleClock:
     ) -> None:
         self.leases = 0
         """Engine calls under way that need the container awake."""
+        self.failures = 0
+        """Dumps in a row that have failed; each makes the next look come later."""
         self.place: Place | None = None
         self.cgroup: cgroup.Cgroup | None = None
         self.init = 0
@@ -49,6 +54,9 @@ class IdleClock:
         self.stop()
         if first_look_s is None:
             first_look_s = self._settings.scaledown_ns / _SECOND_NS
+            if self.failures:
+                backoff = _BACKOFF_S * 2.0 ** (self.failures - 1)
+                first_look_s = max(first_look_s, min(backoff, _LONGEST_BACKOFF_S))
         if self._settings.autoscaledown and self._record.ports is not None:
             self._timer = asyncio.get_running_loop().call_later(first_look_s, self._look)
 

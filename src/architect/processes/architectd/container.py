@@ -234,6 +234,10 @@ class ManagedContainer:
     def resume(self, status: KeeperStatus, state: State) -> None:
         """Goes on from where another daemon left it; ``state`` is what was found to be true."""
         self.state = state
+        if state is not State.CREATED and not self.record.first_started and self.clock.init:
+            # It was started while no daemon ran.
+            ticks = runc_state.start_time(self.clock.init)
+            self.record.first_started = ticks / os.sysconf("SC_CLK_TCK")
         self.clock.touch()
         if self.clock.place is not None:
             if state in (State.SCALED_DOWN, State.STRANDED):
@@ -643,6 +647,7 @@ class ManagedContainer:
     def _tell(self, action: Action) -> None:
         if action is Action.REPORT_DOWN:
             self.record.hibernations += 1
+            self.clock.failures = 0
             self.record.error = None
             self.record.last_scale_down_ms = _since(self._began)
             self._report.event(
@@ -659,7 +664,10 @@ class ManagedContainer:
             self._report.log("dump cancelled", because=self._why, ms=_since(self._began))
         elif action in (Action.REPORT_DUMP_FAILED, Action.REPORT_RESTORE_FAILED):
             self.record.error = str(self._failure or "unknown")
+            if self.name not in self.record.error:
+                self.record.error = f"{self.name}: {self.record.error}"
             down = action is Action.REPORT_DUMP_FAILED
+            self.clock.failures += down
             self._report.event("CheckpointFailed" if down else "RestoreFailed", self.record.error)
 
     def _log_transition(self, before: State, happening: Happening) -> None:
