@@ -374,15 +374,10 @@ static uint64_t pause_after(enum outcome outcome)
 	}
 }
 
-/* Pages of a program that is quicker filled than it can ask. */
-enum { SMALL = 4096 };
-
 static uint64_t until_fill(void)
 {
 	uint64_t now = monotonic_ns(), start = shared->status.t_running_ns, due = start;
 
-	if (shared->status.pages_total <= SMALL)
-		return 0;
 
 	if (tasks_last_fault_ns() > due)
 		due = tasks_last_fault_ns();

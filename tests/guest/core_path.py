@@ -52,6 +52,9 @@ RESULTS: Final = Path("/results")
 SEEN_INSIDE: Final = ("cgroup", "limits", "oom_score_adj", "status", "mountinfo")
 """Files of /proc/1 with what a program sees of itself and a restore must not change."""
 
+LIMITS: Final = ("cpu.max", "memory.max", "pids.max")
+"""Files of its cgroup that a wake may lift for a moment and must put back."""
+
 _MOMENTARY: Final = ("FDSize", "Hugetlb", "Rss", "SigQ", "State", "Vm", "nonvoluntary", "voluntary")
 """Beginnings of lines in /proc/1/status that tell of a moment (proc_pid_status(5))."""
 
@@ -216,6 +219,9 @@ class Container:
         for name in SEEN_INSIDE:
             seen[name] = run("podman", "exec", self.name, "cat", f"/proc/1/{name}").splitlines()
         seen["status"] = [line for line in seen["status"] if not line.startswith(_MOMENTARY)]
+        seen["its limits"] = [
+            f"{name}: {(self.group / name).read_text().strip()}" for name in LIMITS
+        ]
         # Without the ids, which each new mount gets: proc_pid_mountinfo(5).
         seen["mountinfo"] = sorted(
             " ".join([*line.split()[3:6], line.partition(" - ")[2].split()[0]])
@@ -306,24 +312,49 @@ def wakes_by_exec(pod: Container, client: valkey.Valkey, before: dict[str, list[
     pod.sleep()
     require(run("podman", "exec", pod.name, "valkey-cli", "PING") == "PONG", "exec went wrong")
     after = pod.identity()
-    changed = {name: sorted(set(before[name]) ^ set(after[name])) for name in SEEN_INSIDE}
+    changed = {name: sorted(set(before[name]) ^ set(after[name])) for name in before}
     require(after == before, f"what it sees of itself has changed: {changed}")
     require(client("PING") == b"PONG", "the open connection is lost")
 
 
-def survives_the_daemons_death(pod: Container, client: valkey.Valkey, keys: int) -> None:
-    """systemd brings the killed daemon back, and it answers what was sent meanwhile."""
-    pod.sleep()
+def kill_daemon() -> int:
+    """End the daemon without warning; return the pid that it had."""
     killed = main_pid()
     process = os.pidfd_open(killed)
     os.kill(killed, signal.SIGKILL)
     select.select([process], [], [], DEADLINE_S)
     os.close(process)
+    return killed
+
+
+def comes_back_after(killed: int, pod: Container, client: valkey.Valkey, keys: int) -> None:
+    """systemd brings the killed daemon back, and it answers what was sent meanwhile."""
     require(client("GET", "key:9") == valkey.value(9), "the first answer is wrong")
     again = until(main_pid, "systemd to start the daemon again")
     require(again != killed, f"the daemon is still {killed}")
     require(valkey.wrong(client, keys) == 0, "values differ from what was written")
     until(lambda: pod.row()["state"] == "RUNNING", "RUNNING")
+
+
+def survives_a_death_in_mid_dump(pod: Container, client: valkey.Valkey, keys: int) -> None:
+    """CRIU goes on without the daemon; the next one finds out which way it ended."""
+    dump = install.RUN / "containers" / pod.id / "dump.pid"
+    with subprocess.Popen(["architect", "sleep", pod.pod], stderr=subprocess.DEVNULL) as command:
+        until(dump.exists, "CRIU to start")
+        killed = kill_daemon()
+        require(command.wait(DEADLINE_S) != 0, "`architect sleep` saw no daemon die")
+    comes_back_after(killed, pod, client, keys)
+
+
+def pauses(pod: Container, client: valkey.Valkey) -> None:
+    """`podman pause` freezes it, keeper and all, and it does not hibernate meanwhile."""
+    run("podman", "pause", pod.name)
+    refused = subprocess.run(
+        ["architect", "sleep", pod.pod], capture_output=True, text=True, check=False
+    )
+    require(refused.returncode == 1 and "paused" in refused.stderr, f"paused: {refused}")
+    run("podman", "unpause", pod.name)
+    require(client("PING") == b"PONG", "unpaused, the open connection is lost")
 
 
 def waits_for_a_stopped_daemon(pod: Container, client: valkey.Valkey, keys: int) -> None:
@@ -350,7 +381,16 @@ def stops_asleep(lone: Container) -> None:
     require((found["Status"], found["ExitCode"]) == ("exited", 0), f"stopped, it is {found}")
     words = run("podman", "logs", lone.name)
     require("Received SIGTERM" in words or "User requested shutdown" in words, words)
-    run("podman", "rm", lone.name)
+
+
+def starts_again_and_is_removed(name: str) -> Container:
+    """The stopped container starts anew, hibernates, and `podman rm -f` of a sleeper leaves nothing."""
+    run("podman", "start", name)
+    lone = Container.of(name, name)
+    connect(LONE_PORT).close()
+    lone.sleep()
+    run("podman", "rm", "--force", "--time", "0", name)
+    return lone
 
 
 def nothing_left(*containers: Container) -> None:
@@ -409,12 +449,17 @@ def core_path() -> None:
     with step("wakes by podman exec"):
         wakes_by_exec(pod, client, before)
     with step("the daemon is killed while it sleeps"):
-        survives_the_daemons_death(pod, client, keys)
+        pod.sleep()
+        comes_back_after(kill_daemon(), pod, client, keys)
+    with step("the daemon is killed in mid-dump"):
+        survives_a_death_in_mid_dump(pod, client, keys)
     with step("the daemon is stopped and started while it sleeps"):
         waits_for_a_stopped_daemon(pod, client, keys)
-    with step("podman run, stop asleep"):
-        lone = run_alone()
-        stops_asleep(lone)
+    with step("podman pause"):
+        pauses(pod, client)
+    with step("podman run, stop asleep, start, rm -f asleep"):
+        stops_asleep(run_alone())
+        lone = starts_again_and_is_removed(LONE)
     with step("podman kube down"):
         pod.sleep()
         run("podman", "kube", "down", POD)

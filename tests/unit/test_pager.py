@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 KEEPER = Path(__file__).resolve().parents[2] / "native" / "keeper"
-SOURCES = ("pager", "pager_tasks", "pager_criu", "pagemap", "ranges", "uffd")
+SOURCES = ("pager", "pager_tasks", "pager_place", "hot", "pager_criu", "pagemap", "ranges", "uffd")
 TESTS = ("pager_test", "program", "keeping", "instants")
 NOT_POSSIBLE = 77
 """Exit status of the test program where the kernel refuses what it needs."""
