@@ -177,6 +177,22 @@ static void note_hot(unsigned index, uint64_t address)
 		hot_note(shared->tasks[index].pid, address - address % page_size());
 }
 
+/* Pages at the top of the stack: arguments and environment. Others read them through /proc/PID/cmdline, and the
+ * kernel does not let them wait for a page: what is missing reads as empty. */
+enum { TOP = 16 };
+
+static void place_arguments(unsigned index)
+{
+	const struct task *task = &tasks[index];
+	const struct range *stack = task->ranges.count ? &task->ranges.at[task->ranges.count - 1] : NULL;
+	uint64_t pages = stack ? (stack->end - stack->start) / page_size() : 0;
+	uint64_t top = least(pages, TOP), first = stack ? stack->page + pages - top : 0;
+
+	for (uint64_t i = 0; i < top; i++)
+		if (run_length(task, first + i, 1))
+			place(index, stack->end - (top - i) * page_size(), first + i, 1);
+}
+
 /* Once, at the first fault of a process: its memory is registered by then, and it does not run yet. */
 static void place_hot(unsigned index)
 {
@@ -187,6 +203,7 @@ static void place_hot(unsigned index)
 	if (task->hot_placed || !being_mapped())
 		return;
 	task->hot_placed = 1;
+	place_arguments(index);
 	for (unsigned i = 0; i < count; i++) {
 		uint64_t page;
 
