@@ -12,14 +12,12 @@ import os
 import shutil
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from architect.adapters import cgroup, criu, mounts, runc_state, sysvipc, warm
-from architect.adapters.events import EventLog
 from architect.adapters.gate import GateError
 from architect.adapters.keeper import Keeper, KeeperError, KeeperStatus, PagerState
 from architect.adapters.store import Store
@@ -31,28 +29,20 @@ from architect.contract.states import Action, Happening, State
 from architect.decisions import life
 from architect.processes.architectd import subject as subjects
 from architect.processes.architectd.clock import IdleClock
-from architect.processes.architectd.gates import Gates
+from architect.processes.architectd.context import Context
 from architect.processes.architectd.reporter import Reporter
 from architect.processes.architectd.subject import NotAsleep
 from architect.processes.architectd.waiters import AWAKE, Waiters
 
 _RETRY_S: Final = 10.0
-"""Seconds after a failed restore until the next try, and after a failed dump at least until the next."""
+"""Seconds after a failed restore until the next try."""
 _SIGNAL_FAILED: Final = ("hibernated", "restoring", State.SCALED_DOWN)
 """The keeper's phase, its last one, and our state, when a wake that it began by itself has failed."""
 _RECLAIMS: Final = 3
 _RECLAIM_S: Final = 0.7
+"""How often, and how many seconds apart, a hibernated container's cgroup is emptied."""
 _ENGINE_RETRY_S: Final = 0.5
 """Seconds until an engine that gave no answer is asked again; doubled each time."""
-
-
-@dataclass(slots=True)
-class Context:
-    """What all containers of the daemon share."""
-
-    gates: Gates
-    events: EventLog
-    criu_version: str
 
 
 class ManagedContainer:

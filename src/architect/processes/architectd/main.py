@@ -16,7 +16,7 @@ from architect.adapters.events import EventLog
 from architect.adapters.gate import GateError
 from architect.contract import paths
 from architect.contract.errors import ArchitectError
-from architect.processes.architectd.container import Context
+from architect.processes.architectd.context import Context
 from architect.processes.architectd.gates import Gates
 from architect.processes.architectd.registry import Registry
 from architect.processes.architectd.server import Server

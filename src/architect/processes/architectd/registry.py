@@ -22,7 +22,8 @@ from architect.contract.errors import ArchitectError
 from architect.contract.records import RECORD_FORMAT, ContainerRecord, Event
 from architect.contract.states import State
 from architect.processes import door
-from architect.processes.architectd.container import Context, ManagedContainer
+from architect.processes.architectd.container import ManagedContainer
+from architect.processes.architectd.context import Context
 
 
 class NoSuchContainer(ArchitectError):

@@ -17,7 +17,7 @@ from architect.adapters import events
 from architect.contract import paths
 from architect.contract.errors import ArchitectError
 from architect.contract.records import Request
-from architect.processes.architectd.container import Context
+from architect.processes.architectd.context import Context
 from architect.processes.architectd.registry import Registry
 
 _LINE_LIMIT: Final = 1 << 20
