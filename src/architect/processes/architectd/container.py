@@ -472,24 +472,23 @@ class ManagedContainer:
             self._hook.answer(end_it=True)
 
     async def _settle(self) -> None:
-        """Frees what the program used and makes the digests; of no concern to a wake that comes now."""
+        """Frees what the program used and makes the digests; of no concern to a wake that comes now.
+
+        The cgroup is emptied more than once: the kernel uncharges a program a moment after its end.
+        """
         try:
             await asyncio.to_thread(self._store.digest_pages)
             self._store.drop_page_cache()
         except (OSError, ValueError) as error:
             if self.state is State.SCALED_DOWN:
                 self._report.event("Warning", f"page data has no digests: {error}")
-        self._reclaim(_RECLAIMS)
-
-    def _reclaim(self, times: int) -> None:
-        """Gives memory back, again a moment later: the kernel uncharges a program after its end."""
-        if self.state is not State.SCALED_DOWN or self.clock.cgroup is None:
-            return
-        self.clock.cgroup.reclaim()
-        warm.read_back(self.record.warm)
-        if times > 1:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(_RECLAIM_S, self._reclaim, times - 1)
+        for _ in range(_RECLAIMS):
+            if self.state is not State.SCALED_DOWN or self.clock.cgroup is None:
+                return
+            # In a thread: it takes the kernel some milliseconds, and other containers may want to wake.
+            await asyncio.to_thread(self.clock.cgroup.reclaim)
+            warm.read_back(self.record.warm)
+            await asyncio.sleep(_RECLAIM_S)
 
     # ---- wake ------------------------------------------------------------------------------------------
 
