@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-enum { HOT_MAX = 2048 };
+enum { HOT_MAX = 512 };
 
 struct hot_page {
 	int32_t pid; /* in the checkpoint's own pid namespace */

@@ -141,10 +141,8 @@ static enum outcome serve_fault(unsigned index, uint64_t address)
 
 /* ---- the working set ------------------------------------------------------------------------------ */
 
-/* Until how long after the program runs its faults count as those of a wake. */
-enum { HOT_NS = 60000000 };
-/* Pages read from the disk for each of the working set. */
-enum { HOT_AHEAD = 4 };
+/* Until how long after the program runs its faults count as those of a wake: until its first reply. */
+enum { HOT_NS = 15000000 };
 
 /* The image page of an address, or UINT64_MAX. */
 static uint64_t image_page(const struct ranges *ranges, uint64_t address)
@@ -154,17 +152,50 @@ static uint64_t image_page(const struct ranges *ranges, uint64_t address)
 	return range ? range->page + (address - range->start) / page_size() : UINT64_MAX;
 }
 
+/* Pages at the top of the stack: arguments and environment. Others read them through /proc/PID/cmdline, and the
+ * kernel does not let them wait for a page: what is missing reads as empty. */
+enum { TOP = 16 };
+
+/* Image pages of the arguments, the first of *count; ranges ends with the stack. */
+static uint64_t argument_pages(const struct ranges *ranges, uint64_t *count)
+{
+	const struct range *stack = ranges->count ? &ranges->at[ranges->count - 1] : NULL;
+	uint64_t pages = stack ? (stack->end - stack->start) / page_size() : 0;
+
+	*count = least(pages, TOP);
+	return stack ? stack->page + pages - *count : 0;
+}
+
+static void place_arguments(unsigned index)
+{
+	const struct task *task = &tasks[index];
+	const struct ranges *ranges = &task->ranges;
+	uint64_t count, first = argument_pages(ranges, &count);
+
+	for (uint64_t i = 0; i < count; i++)
+		if (run_length(task, first + i, 1))
+			place(index, ranges->at[ranges->count - 1].end - (count - i) * page_size(), first + i, 1);
+}
+
 void tasks_read_hot_ahead(void)
 {
 	unsigned count;
 	const struct hot_page *hot = hot_pages(&count);
+
+	for (size_t i = 0; checkpoint && i < checkpoint->pagemap_count; i++) {
+		const struct pagemap *map = &checkpoint->pagemaps[i];
+		uint64_t pages, first = argument_pages(&map->lazy, &pages);
+
+		if (pages)
+			pages_read_ahead(&checkpoint->pages[map->pages], first, pages);
+	}
 
 	for (unsigned i = 0; checkpoint && i < count; i++) {
 		const struct pagemap *map = checkpoint_find(checkpoint, hot[i].pid);
 		uint64_t page = map ? image_page(&map->lazy, hot[i].address) : UINT64_MAX;
 
 		if (page != UINT64_MAX)
-			pages_read_ahead(&checkpoint->pages[map->pages], page, HOT_AHEAD);
+			pages_read_ahead(&checkpoint->pages[map->pages], page, 1);
 	}
 	hot_begin();
 }
@@ -175,22 +206,6 @@ static void note_hot(unsigned index, uint64_t address)
 
 	if (shared->tasks[index].pid > 0 && (!running || monotonic_ns() - running < HOT_NS))
 		hot_note(shared->tasks[index].pid, address - address % page_size());
-}
-
-/* Pages at the top of the stack: arguments and environment. Others read them through /proc/PID/cmdline, and the
- * kernel does not let them wait for a page: what is missing reads as empty. */
-enum { TOP = 16 };
-
-static void place_arguments(unsigned index)
-{
-	const struct task *task = &tasks[index];
-	const struct range *stack = task->ranges.count ? &task->ranges.at[task->ranges.count - 1] : NULL;
-	uint64_t pages = stack ? (stack->end - stack->start) / page_size() : 0;
-	uint64_t top = least(pages, TOP), first = stack ? stack->page + pages - top : 0;
-
-	for (uint64_t i = 0; i < top; i++)
-		if (run_length(task, first + i, 1))
-			place(index, stack->end - (top - i) * page_size(), first + i, 1);
 }
 
 /* Once, at the first fault of a process: its memory is registered by then, and it does not run yet. */
@@ -210,7 +225,8 @@ static void place_hot(unsigned index)
 		if (hot[i].pid != shared->tasks[index].pid)
 			continue;
 		page = image_page(&task->ranges, hot[i].address);
-		if (page != UINT64_MAX && run_length(task, page, 1))
+		/* What the disk has not brought yet is left to a fault: others wait meanwhile. */
+		if (page != UINT64_MAX && run_length(task, page, 1) && pages_in_memory(task->pages, page, 1))
 			place(index, hot[i].address, page, 1);
 	}
 }
