@@ -188,13 +188,13 @@ def test_random_cycles_under_light_load(lab: Lab) -> None:
     chance = random.Random(3)
     count = 0
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while slept[0] < CYCLES:
             assert time.monotonic() < deadline, f"{slept[0]} of {CYCLES} cycles in time"
             for _ in range(chance.randrange(1, 4)):
                 count += 1
                 assert client.command("INCR", "count") == count
-            stop.wait(chance.uniform(0.0, 0.4))
+            stop.wait(chance.uniform(0.0, 0.8))
     finally:
         stop.set()
         thread.join(30)
@@ -228,17 +228,21 @@ def test_full_disk_leaves_the_container_running(lab: Lab) -> None:
     assert client.command("DBSIZE") == 20000
 
 
+def foreign_socket() -> str | None:
+    """An expression for a socket of a family that CRIU does not know, if this kernel has one."""
+    for made in ("socket.AF_VSOCK, socket.SOCK_STREAM", "socket.AF_ALG, socket.SOCK_SEQPACKET"):
+        if run("python3", "-c", f"import socket\nsocket.socket({made})").code == 0:
+            return f"socket.socket({made})"
+    return None
+
+
 def test_program_that_criu_cannot_take_runs_on(lab: Lab) -> None:
-    # A socket of the crypto API: CRIU knows no such family.
-    code = "import socket\nsocket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)\n"
-    program = (
-        "import socket\nkept = socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)\n" + SUBJECT
-    )
-    probe = run("python3", "-c", code)
-    if probe.code:
-        pytest.skip(f"this kernel has no AF_ALG: {probe.err.splitlines()[-1]}")
+    foreign = foreign_socket()
+    if foreign is None:
+        pytest.skip("this kernel has neither AF_VSOCK nor AF_ALG (CONFIG_VSOCKETS)")
+    program = f"import socket\nkept = {foreign}\n{SUBJECT}"
     container = lab.start(
-        "alg", "python3", "-c", program, options=["--security-opt", "seccomp=unconfined"]
+        "foreign", "python3", "-c", program, options=["--security-opt", "seccomp=unconfined"]
     )
     client = Client.when_ready("127.0.0.1", container.host_port)
     done = run("architect", "sleep", container.name)

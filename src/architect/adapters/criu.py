@@ -193,15 +193,18 @@ async def run(words: Sequence[str], environment: Mapping[str, str], pid_file: Pa
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=_shield,
     )
+    _shield(process.pid)
     pid_file.write_text(str(process.pid))
     status = await process.wait()
     pid_file.unlink(missing_ok=True)
     return status
 
 
-def _shield() -> None:
-    """The OOM killer must not choose CRIU in mid-dump; without CAP_SYS_RESOURCE this is refused."""
+def _shield(pid: int) -> None:
+    """The OOM killer must not choose CRIU in mid-dump; without CAP_SYS_RESOURCE this is refused.
+
+    From outside: Python code between fork and exec may wait for ever for a lock that another thread held.
+    """
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("-1000")
+        Path(f"/proc/{pid}/oom_score_adj").write_text("-1000")
