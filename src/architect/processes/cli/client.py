@@ -15,6 +15,8 @@ from architect.contract.errors import ArchitectError
 from architect.contract.records import Request
 
 _UCRED: Final = struct.Struct("iII")
+_ANSWER_S: Final = 10.0
+"""Seconds that a living daemon takes to answer at the most."""
 
 
 class DaemonAway(ArchitectError):
@@ -50,15 +52,24 @@ def _connect() -> socket.socket:
 
 
 def daemon_pid() -> int | None:
-    """The pid of the daemon that answers, None if none does (unix(7), SO_PEERCRED)."""
+    """The pid of the daemon that answers, None if none does (unix(7), SO_PEERCRED).
+
+    One that is just being killed still accepts for a moment, but answers no more.
+    """
     try:
         with _connect() as connection:
+            connection.settimeout(_ANSWER_S)
+            connection.sendall(msgspec.json.encode(Request(verb="ping")) + b"\n")
+            if not connection.recv(16).startswith(b"ok"):
+                return None
             raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
             pid: int = _UCRED.unpack(raw)[0]
             return pid
     except DaemonAway:
         if os.geteuid() != 0:
             raise
+        return None
+    except OSError:
         return None
 
 
