@@ -99,4 +99,4 @@ def rss_mb(pid: int) -> float:
 
 def all_runs(quick: bool) -> list[Callable[[], list[dict[str, Any]]]]:
     """The benchmarks of this module."""
-    return [lambda: left_in_cgroup(3 if quick else 7), lambda: daemon(10 if quick else 30)]
+    return [lambda: left_in_cgroup(3 if quick else 7), lambda: daemon(10 if quick else 20)]

@@ -80,4 +80,4 @@ def compare(rounds: int, requests: int) -> list[dict[str, Any]]:
 
 def all_runs(quick: bool) -> list[Callable[[], list[dict[str, Any]]]]:
     """The benchmarks of this module."""
-    return [lambda: compare(2 if quick else 10, 20_000 if quick else 100_000)]
+    return [lambda: compare(2 if quick else 6, 20_000 if quick else 100_000)]

@@ -26,7 +26,7 @@ COMPAT = Path("/usr/local/lib/architect/libexec/criu-compat.so")
 
 
 def architect(
-    megabytes: int, n: int, name: str, *, cold: bool = False, pause_s: float = 2.5
+    megabytes: int, n: int, name: str, *, cold: bool = False, pause_s: float = 1.2
 ) -> list[dict[str, Any]]:
     """Hibernates and wakes a valkey n times; the first byte on one connection, every reply checked.
 
@@ -160,12 +160,12 @@ def _bundle() -> Iterator[Path]:
 
 def all_runs(quick: bool) -> list[Callable[[], list[dict[str, Any]]]]:
     """The benchmarks of this module; ``quick`` only shows that they work."""
-    n, few = (5, 3) if quick else (100, 15)
+    n, few = (5, 3) if quick else (100, 10)
     return [
         lambda: architect(50, n, "first byte"),
         lambda: architect(5, few if quick else 30, "first byte"),
-        lambda: architect(1000, few, "first byte", pause_s=2.5),
-        lambda: architect(50, few, "first byte, all caches dropped", cold=True),
+        lambda: architect(1000, few, "first byte", pause_s=4.0),
+        lambda: architect(50, 2 * few, "first byte, all caches dropped", cold=True),
         lambda: cold_start(few),
         lambda: podman_checkpoint(50, few),
         lambda: runc_checkpoint(50, few),
