@@ -302,12 +302,12 @@ def test_memory_of_the_machine_comes_back(lab: Lab) -> None:
     client = Valkey.connect("127.0.0.1", container.host_port)
     fill(client, 300)
     digest = client.command("DEBUG", "DIGEST")
-    used = container.memory()
-    assert used > 300 * MEGABYTE
+    assert container.memory() > 300 * MEGABYTE
     before = available()
     container.sleep()
-    # A tenth is left to what else the machine does meanwhile.
-    wait_until(lambda: available() - before > used * 9 // 10, "the machine's memory to come back")
+    # Of the data: page cache, which it is charged with too, was available before. A tenth is left to what
+    # else the machine does meanwhile.
+    wait_until(lambda: available() - before > 270 * MEGABYTE, "the machine's memory to come back")
     wait_until(lambda: container.memory() < HIBERNATED_BYTES, "its cgroup to be empty")
     assert client.command("DEBUG", "DIGEST") == digest
     client.close()
