@@ -21,6 +21,7 @@ from tests.engine.support import (
     annotation,
     architect,
     free_port,
+    hibernate,
     must,
     podman,
     run,
@@ -494,7 +495,7 @@ def test_pod_with_two_managed_containers(pod: Callable[[list[str]], Pod]) -> Non
     clients = {name: made.ready(name) for name in made.ports}
     for first, second in (("one", "two"), ("two", "one")):
         counts = {name: int(clients[name].ask("count")) for name in made.ports}
-        architect("sleep", made.name)
+        hibernate(made.name)
         states = {name: made.containers[name].state() for name in made.ports}
         assert states == {"one": "SCALED_DOWN", "two": "SCALED_DOWN"}
         assert int(clients[first].ask("count")) == counts[first] + 1
@@ -502,8 +503,8 @@ def test_pod_with_two_managed_containers(pod: Callable[[list[str]], Pod]) -> Non
         assert made.containers[second].state() == "SCALED_DOWN"
         assert int(clients[second].ask("count")) == counts[second] + 1
         assert made.containers[second].state() == "RUNNING"
-    architect("sleep", made.name, "-c", "one")
+    hibernate(made.name, "-c", "one")
     assert made.containers["two"].state() == "RUNNING"
-    architect("sleep", made.name)
+    hibernate(made.name)
     podman("pod", "rm", "-f", "-t", "2", made.name)
     assert not [row for row in architect("ps") if row["pod"] == made.name]

@@ -49,5 +49,7 @@ def test_sessions_connections_and_a_pause_keep_it_awake(scaledown: int, count: i
 
 
 def test_the_initial_delay_holds_even_if_it_was_idle_long_before() -> None:
-    verdict = judge(Observed(now=5 * SECOND, last_activity=0, scaledown=SECOND, not_before=9 * SECOND))
+    verdict = judge(
+        Observed(now=5 * SECOND, last_activity=0, scaledown=SECOND, not_before=9 * SECOND)
+    )
     assert verdict == Wait(9 * SECOND, "initial delay")

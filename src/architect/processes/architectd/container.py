@@ -417,7 +417,9 @@ class ManagedContainer:
             return
         try:
             if status != 0:
-                if self._failure is None and images is not None:
+                # One that was given up is no failure, though CRIU's log reads like one.
+                given_up = self.state is State.CANCELLING
+                if self._failure is None and images is not None and not given_up:
                     place = self._store.committed() or images
                     with contextlib.suppress(OSError):
                         shutil.copyfile(place / "dump.log", self._run / "dump.log")
