@@ -4,7 +4,7 @@ Called by the Makefile (make install, make uninstall), as root, after everything
 files live in /usr/local/lib/architect:
 
     venv/        architectd and the command line, with the locked packages they import
-    libexec/     keeper, runc-architect, criu-hook, criu-compat.so, gate.bpf.o
+    libexec/     keeper, runc-architect, criu-hook, criu-compat.so, gate.bpf.o, standins/
     criu/        CRIU with its loader and libraries (bundle.py)
     record.json  what was changed outside this folder, to undo it
 
@@ -48,7 +48,10 @@ LINKS = {
 }
 BIN = Path("/usr/local/bin")
 UNIT = Path("/usr/local/lib/systemd/system/architectd.service")
-PROGRAMS = ("keeper", "runc-architect", "criu-hook", "criu-compat.so", "gate.bpf.o")
+PROGRAMS = (
+    "keeper", "runc-architect", "criu-hook", "criu-compat.so", "gate.bpf.o",
+    "standins/libgnutls.so.30", "standins/libnftables.so.1",
+)  # fmt: skip
 MODULES = ("architect.processes.cli.main", "architect.processes.architectd.main")
 RUN, STATE = Path("/run/architect"), Path("/var/lib/architect")
 LOG = Path("/var/log/architectd.log")
@@ -108,9 +111,10 @@ def _install_programs() -> bool:
         if old.exists() and sha256(old) == sha256(new):
             continue
         # A new inode: keepers run from the old one until their containers end.
-        unfinished = target / f".{name}.new"
+        old.parent.mkdir(exist_ok=True)
+        unfinished = old.with_name(f".{old.name}.new")
         shutil.copyfile(new, unfinished)
-        unfinished.chmod(0o644 if name.endswith((".o", ".so")) else 0o755)
+        unfinished.chmod(0o644 if ".so" in name or name.endswith(".o") else 0o755)
         unfinished.replace(old)
         changed = True
     return changed

@@ -1,7 +1,7 @@
-/* criu-compat.so: preloaded into `criu dump`, answers two questions that this kernel or machine refuses.
+/* criu-compat.so: preloaded into CRIU; answers what a kernel or machine refuses, and keeps a wake off the disk.
  *
- * Why it exists: Debian stable's CRIU 4.1.1 is the version that stays on the mirrors, and it gives a dump
- * up over answers that carry no information:
+ * Why it exists: Debian stable's CRIU 4.1.1 is the version that stays on the mirrors. It gives a dump up over
+ * answers that carry no information:
  *
  * 1. SO_PASSCRED and SO_PASSSEC belong to unix sockets. Since Linux 6.16 asking an internet socket for them
  *    fails with EOPNOTSUPP, where it used to answer 0. The old answer is given.
@@ -9,11 +9,25 @@
  *    root. /proc/PID/limits has the same figures (proc(5)).
  *
  * Each is an answer only after the kernel has refused; where the kernel answers, this does nothing.
- * Called by CRIU's own calls of getsockopt and syscall; loaded by src/architect/adapters/criu.py.
+ *
+ * And it has things built in that a restore should not wait for:
+ *
+ * 3. /run/criu.kdat, what it knows of the kernel, is one file for every CRIU of the machine, and each
+ *    version throws away the other's. Ours is read from architect's own file in memory.
+ * 4. The folder on which it builds a container's mounts is made in /tmp: on a disk that costs a wake some
+ *    milliseconds. It is made on architect's tmpfs.
+ * 5. To stop a task at the end of its restore CRIU sets a hardware breakpoint. The first one on a machine
+ *    makes the kernel wait for all its CPUs (synchronize_rcu() in perf_event_alloc(), kernel/events/core.c):
+ *    7 to 15 ms in which nothing happens. CRIU's own way where there are no breakpoints, to stop at each
+ *    system call (ptrace(2), PTRACE_SYSCALL), takes less than one; CRIU_FAULT=130 (FI_NO_BREAKPOINTS,
+ *    criu/include/fault-injection.h) makes it take that way.
+ *
+ * Called by CRIU's own calls of these functions; loaded by src/architect/adapters/criu.py.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,6 +36,13 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#define KERNEL_CACHE "/run/criu.kdat"
+#define OUR_KERNEL_CACHE "/run/architect/hot/criu.kdat"
+
+/* Of one length, since mkdtemp(3) writes into what it is given. */
+#define MOUNTS "/tmp/.criu.mntns."
+#define OUR_MOUNTS "/run/architect/m."
 
 typedef int getsockopt_function(int, int, int, void *, socklen_t *);
 
@@ -111,4 +132,46 @@ long syscall(long number, ...)
 		return -1;
 	}
 	return 0;
+}
+
+/* Before CRIU's main() reads it. */
+__attribute__((constructor)) static void do_without_breakpoints(void)
+{
+	setenv("CRIU_FAULT", "130", 0);
+}
+
+typedef int open_function(const char *, int, ...);
+
+/* CRIU is built for large files, so this is its open(2). */
+int open64(const char *path, int flags, ...)
+{
+	static open_function *next;
+	va_list values;
+	int mode, fd;
+
+	va_start(values, flags);
+	mode = va_arg(values, int);
+	va_end(values);
+	if (!next)
+		next = (open_function *)dlsym(RTLD_NEXT, "open64");
+	if ((flags & O_ACCMODE) == O_RDONLY && !strcmp(path, KERNEL_CACHE)) {
+		fd = next(OUR_KERNEL_CACHE, flags, mode);
+		if (fd >= 0)
+			return fd;
+	}
+	return next(path, flags, mode);
+}
+
+typedef char *mkdtemp_function(char *);
+
+char *mkdtemp(char *template)
+{
+	_Static_assert(sizeof MOUNTS == sizeof OUR_MOUNTS, "one has to fit in the place of the other");
+	static mkdtemp_function *next;
+
+	if (!next)
+		next = (mkdtemp_function *)dlsym(RTLD_NEXT, "mkdtemp");
+	if (!strncmp(template, MOUNTS, sizeof MOUNTS - 1))
+		memcpy(template, OUR_MOUNTS, sizeof OUR_MOUNTS - 1);
+	return next(template);
 }

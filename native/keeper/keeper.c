@@ -172,8 +172,6 @@ static pid_t start(char **argv, int netns)
 	namespaces_leave();
 	if (netns >= 0)
 		namespaces_enter_cgroup();
-	/* CRIU is linked with gnutls for encrypted page servers, of which there are none here. */
-	setenv("GNUTLS_NO_IMPLICIT_INIT", "1", 1);
 	execv(argv[0], argv);
 	_exit(127);
 }
@@ -688,7 +686,8 @@ int main(int argc, char **argv)
 		clients[i].fd = -1;
 	self.directory = open(argv[1], O_PATH | O_DIRECTORY | O_CLOEXEC);
 	self.listener = listen_at(argv[1]);
-	if (self.directory < 0 || self.listener < 0 || self.signals < 0 || pager_init())
+	if (self.directory < 0 || self.listener < 0 || self.signals < 0 ||
+	    pager_init(self.directory))
 		return 1;
 	namespaces_remember_host();
 	outside_count = cgroups_outside(&outside);

@@ -51,7 +51,7 @@ static _Noreturn void run(void);
 
 /* ---- called by the keeper ------------------------------------------------------------------------- */
 
-int pager_init(void)
+int pager_init(int work)
 {
 	void *memory = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE,
 			    MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -60,6 +60,7 @@ int pager_init(void)
 		return -1;
 	shared = memory;
 	shared->directory = shared->listener = shared->connection = -1;
+	shared->work = work;
 	to_pager = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	to_keeper = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	keeper = (int)syscall(SYS_pidfd_open, getpid(), 0);
@@ -239,7 +240,7 @@ static int release(void)
 	if (status->tasks)
 		return 0;
 	COMMIT(status->state, PAGER_IDLE);
-	criu_hang_up(shared->directory);
+	criu_hang_up();
 	forget_checkpoint();
 	clear_records();
 	status->error = 0;
@@ -291,7 +292,7 @@ static void resume_arming(void)
 	int error = load();
 
 	if (!error && shared->listener < 0 && shared->connection < 0)
-		error = -criu_listen(shared->directory);
+		error = -criu_listen();
 	if (error)
 		fail(PAGER_FAILED, error);
 	else if (shared->connection >= 0)
@@ -320,7 +321,7 @@ static void resume(void)
 		break;
 	case PAGER_FILLING:
 	case PAGER_STALLED:
-		criu_hang_up(shared->directory);
+		criu_hang_up();
 		error = load();
 		lock_records();
 		if (error)
@@ -330,7 +331,7 @@ static void resume(void)
 		break;
 	case PAGER_IDLE:
 	case PAGER_DONE:
-		criu_hang_up(shared->directory);
+		criu_hang_up();
 		break;
 	case PAGER_FAILED:
 		break; /* until release */
@@ -390,7 +391,7 @@ static void finish(void)
 	const struct checkpoint *all = &checkpoint;
 
 	shared->status.t_done_ns = monotonic_ns();
-	criu_hang_up(shared->directory);
+	criu_hang_up();
 	for (size_t i = 0; i < all->pages_count; i++)
 		checkpoint_drop_cache(all, i, 0, all->pages[i].count);
 	forget_checkpoint();
@@ -452,7 +453,7 @@ static void hear_criu(void)
 	case CRIU_RUNNING:
 		shared->status.t_running_ns = monotonic_ns();
 		set_state(PAGER_FILLING);
-		criu_hang_up(shared->directory);
+		criu_hang_up();
 		break;
 	case CRIU_LOST:
 		fail(PAGER_FAILED, error);

@@ -7,8 +7,8 @@
  *
  * Used by keeper.c, which is single-threaded:
  *   pager_init, pager_set_outside, pager_spawn at the start;
- *   pager_arm when a checkpoint is whole, then, once PAGER_ARMED, criu restore --lazy-pages with the
- *   checkpoint as its working directory;
+ *   pager_arm when a checkpoint is whole, then, once PAGER_ARMED, criu restore --lazy-pages in the
+ *   working directory of pager_init;
  *   pager_reaped and pager_spawn when the pager ended.
  * The checkpoint must stay unchanged until PAGER_DONE. Whatever the keeper forks and does not exec must
  * close the keeper's descriptors: a forgotten copy of a userfaultfd would keep the kernel asking.
@@ -22,7 +22,7 @@
 enum pager_state {
 	PAGER_IDLE,      /* nothing to do */
 	PAGER_LOADING,   /* reads a checkpoint's pagemaps */
-	PAGER_ARMED,     /* waits for CRIU at lazy-pages.socket in the checkpoint's directory */
+	PAGER_ARMED,     /* waits for CRIU at lazy-pages.socket in its working directory */
 	PAGER_RESTORING, /* CRIU is connected */
 	PAGER_FILLING,   /* CRIU is done and the processes run; pages are on their way */
 	PAGER_DONE,      /* every page is in, or its process is gone */
@@ -44,8 +44,9 @@ struct pager_status {
 	uint64_t t_running_ns, t_done_ns;
 };
 
-/* Makes what pager and keeper share. Once, before anything else. Returns 0, or -1 with errno. */
-int pager_init(void);
+/* Makes what pager and keeper share. Once, before anything else. CRIU's working directory is work, which
+ * must stay open; -1: the checkpoint of the time. Returns 0, or -1 with errno. */
+int pager_init(int work);
 /* A successor starts in the keeper's cgroups, which are by then the container's: it leaves them by writing
  * "0" to these descriptors of cgroup.procs. They must stay open. */
 void pager_set_outside(const int *fds, int count);

@@ -40,13 +40,19 @@ static void close_socket(int32_t *place)
 		close(fd);
 }
 
-int criu_listen(int directory)
+/* Where CRIU looks for the socket. */
+static int meeting_place(void)
+{
+	return shared->work >= 0 ? shared->work : shared->directory;
+}
+
+int criu_listen(void)
 {
 	struct sockaddr_un name = { .sun_family = AF_UNIX, .sun_path = SOCKET_NAME };
 	int fd, error = 0;
 
 	/* By the relative name: a path may be too long for a socket, and /proc that of the container. */
-	if (fchdir(directory))
+	if (fchdir(meeting_place()))
 		return -errno;
 	unlink(SOCKET_NAME);
 	fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
@@ -172,10 +178,10 @@ int criu_drain(void)
 	return result != 0;
 }
 
-void criu_hang_up(int directory)
+void criu_hang_up(void)
 {
-	if (directory >= 0)
-		unlinkat(directory, SOCKET_NAME, 0);
+	if (meeting_place() >= 0)
+		unlinkat(meeting_place(), SOCKET_NAME, 0);
 	close_socket(&shared->listener);
 	close_socket(&shared->connection);
 	forget_greeting();

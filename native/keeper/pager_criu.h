@@ -2,8 +2,8 @@
 #ifndef ARCHITECT_PAGER_CRIU_H
 #define ARCHITECT_PAGER_CRIU_H
 
-/* Listens in the directory; the descriptor goes to shared->listener. Returns 0 or -errno. */
-int criu_listen(int directory);
+/* Listens where CRIU looks; the descriptor goes to shared->listener. Returns 0 or -errno. */
+int criu_listen(void);
 /* CRIU connects: the listener gives way to shared->connection. Returns whether it did. */
 int criu_accept(void);
 
@@ -16,7 +16,7 @@ enum criu_news criu_read(int *error);
  * whether nothing more can come. */
 int criu_drain(void);
 /* Closes both sockets and removes the name from the directory. Only after the last word, or criu_drain. */
-void criu_hang_up(int directory);
+void criu_hang_up(void);
 /* Finds the sockets of a pager that was killed, recorded or not. */
 void criu_recover(void);
 

@@ -54,6 +54,7 @@ struct order {
 struct pager_shared {
 	struct pager_status status;
 	struct order orders[ORDERS_MAX];    /* number n is at n % ORDERS_MAX */
+	int32_t work;                       /* CRIU's working directory; -1: the present checkpoint's */
 	int32_t directory;                  /* of the present checkpoint, or -1 */
 	int32_t listener, connection;       /* or -1 */
 	struct greeting greeting;

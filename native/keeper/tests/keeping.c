@@ -35,7 +35,7 @@ void begin_keeping(void)
 {
 	images = open(".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	CHECK(images >= 0);
-	CHECK(!pager_init());
+	CHECK(!pager_init(-1));
 	CHECK((pager = pager_spawn()) > 0);
 }
 

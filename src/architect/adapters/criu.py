@@ -24,6 +24,9 @@ from architect.contract.errors import ArchitectError
 RESTORE_NETNS_FD = 200
 """As in native/common/control.h."""
 
+RESTORE_LOG = "restore.log"
+"""In the container's run directory."""
+
 _GHOST_LIMIT = str(256 << 20)
 """Bytes of an unlinked but open file that may go into the image; CRIU's default of 1 MiB is too small
 for databases' temporary files."""
@@ -58,17 +61,18 @@ class Subject:
     """Namespaces that outlive the program and are joined again: ipc, uts."""
 
 
-def command(bundle: Path | None = None, preload: Path | None = None) -> list[str]:
+def command(bundle: Path | None = None) -> list[str]:
     """The words that start CRIU through the bundle's own loader, whatever the host's libc is.
 
     The copy in memory (``paths.HOT``) is preferred to the one on the disk.
     """
-    extra = [] if preload is None else ["--preload", str(preload)]
     for place in (bundle,) if bundle else (paths.HOT / "criu", paths.BUNDLE):
         loader = place / "lib" / "ld-linux-x86-64.so.2"
         if loader.exists():
-            libraries = ["--library-path", str(place / "lib")]
-            return [str(loader), *libraries, *extra, str(place / "bin" / "criu")]
+            here = place / "lib" / paths.CRIU_COMPAT.name
+            preloaded = here if here.exists() else paths.CRIU_COMPAT
+            libraries = ["--library-path", str(place / "lib"), "--preload", str(preloaded)]
+            return [str(loader), *libraries, str(place / "bin" / "criu")]
     raise CriuError(
         what="CRIU is not there",
         why=f"neither {paths.HOT}/criu nor {paths.BUNDLE} has it",
@@ -79,7 +83,7 @@ def command(bundle: Path | None = None, preload: Path | None = None) -> list[str
 def dump_words(subject: Subject, images: Path) -> list[str]:
     """The command that dumps ``subject`` into ``images`` and asks the hook before it ends it."""
     words = [
-        *command(preload=paths.CRIU_COMPAT), "dump", "--tree", str(subject.init), "--images-dir", str(images),
+        *command(), "dump", "--tree", str(subject.init), "--images-dir", str(images),
         "--log-file", "dump.log", "-v2", "--root", subject.rootfs,
         "--external", f"net[{subject.netns_inode}]:net",
         "--link-remap", "--ghost-limit", _GHOST_LIMIT,
@@ -91,10 +95,13 @@ def dump_words(subject: Subject, images: Path) -> list[str]:
 
 
 def restore_words(subject: Subject, images: Path, pid_file: Path) -> list[str]:
-    """The command that the keeper runs to restore from ``images``; it adds --lazy-pages itself."""
+    """The command that the keeper runs to restore from ``images``; it adds --lazy-pages itself.
+
+    CRIU's log goes where the pid file goes: a wake creates no file on a disk.
+    """
     words = [
         *command(), "restore", "--restore-detached", "--restore-sibling",
-        "--images-dir", str(images), "--work-dir", str(images), "--log-file", "restore.log", "-v1",
+        "--images-dir", str(images), "--work-dir", str(pid_file.parent), "--log-file", RESTORE_LOG, "-v1",
         "--root", subject.rootfs, "--pidfile", str(pid_file),
         "--inherit-fd", f"fd[{RESTORE_NETNS_FD}]:net", *_COMMON,
     ]  # fmt: skip

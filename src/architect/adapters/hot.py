@@ -1,28 +1,27 @@
 """CRIU and what it needs, in memory: copied to a tmpfs once per boot, with its kernel-probe cache.
 
-Why: a wake must not wait for a disk to bring the loader, nine libraries and CRIU itself (14-44 ms when the
+Why: a wake must not wait for a disk to bring the loader, the libraries and CRIU itself (14-44 ms when the
 page cache has lost them), and CRIU asks the kernel the same forty questions (about 25 ms) at each start
-unless /run/criu.kdat answers them, a file that it writes only where /run is a tmpfs.
+unless its cache answers them. The copy is slimmer than the bundle: native/criu-standins says of what.
 
 Called by the daemon when it starts.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Final
 
-from architect.adapters import criu
+from architect.adapters import criu, rundir
 from architect.contract import paths
 from architect.contract.errors import ArchitectError
 
-_KERNEL_CACHE: Final = Path("/run/criu.kdat")
-_MS_PRIVATE: Final = 1 << 18
-_SIZE: Final = "64m"
+_OPTIONS: Final = "size=64m,mode=0700"
+_STAMP: Final = "STAMP"
+"""File of the copy that says of what it was made."""
 
 _MAKE_CACHE: Final = """
 set -e
@@ -30,6 +29,7 @@ mount -t tmpfs tmpfs /run
 "$@" check >/dev/null 2>&1 || true
 cat /run/criu.kdat
 """
+"""CRIU writes its cache only where /run is a tmpfs, and only to this path."""
 
 
 class HotError(ArchitectError):
@@ -40,24 +40,28 @@ def prepare() -> None:
     """Makes the tmpfs and the kernel cache if they are not there, or are of another CRIU.
 
     Raises:
-        HotError: the bundle is not installed, or a mount failed.
+        HotError: the bundle is not installed, or does not work here.
+        RunError: the tmpfs cannot be mounted.
     """
-    version = paths.BUNDLE / "VERSION"
-    if not version.exists():
+    if not (paths.BUNDLE / "VERSION").exists():
         raise HotError(f"{paths.BUNDLE}", "CRIU is not installed there", "run `make install`")
-    here = paths.HOT / "criu"
-    copied = here / "VERSION"
-    if copied.exists() and copied.read_bytes() == version.read_bytes() and _KERNEL_CACHE.exists():
+    here, stamp = paths.HOT / "criu", _stamp()
+    stamped = here / _STAMP
+    if stamped.exists() and stamped.read_text() == stamp and paths.KERNEL_CACHE.exists():
         return
-    if not _is_mount_point(paths.HOT):
-        paths.HOT.mkdir(parents=True, exist_ok=True)
-        _mount("tmpfs", paths.HOT, f"size={_SIZE},mode=0700")
-    shutil.rmtree(here, ignore_errors=True)
-    fresh = paths.HOT / "criu.new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(paths.BUNDLE, fresh, symlinks=True)
+    if not rundir.is_mount_point(paths.HOT):
+        rundir.mount_tmpfs(paths.HOT, _OPTIONS)
     _make_kernel_cache()
+    fresh, former = paths.HOT / "criu.new", paths.HOT / "criu.old"
+    shutil.rmtree(former, ignore_errors=True)
+    _copy(fresh)
+    if not _slim(fresh):
+        _copy(fresh)
+    (fresh / _STAMP).write_text(stamp)
+    if here.exists():
+        here.rename(former)
     fresh.rename(here)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def criu_version() -> str:
@@ -68,10 +72,35 @@ def criu_version() -> str:
         return "unknown"
 
 
+def _stamp() -> str:
+    parts = [paths.BUNDLE / "VERSION", paths.CRIU_COMPAT, *sorted(paths.CRIU_STANDINS.iterdir())]
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()
+
+
+def _copy(fresh: Path) -> None:
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(paths.BUNDLE, fresh, symlinks=True)
+    shutil.copy(paths.CRIU_COMPAT, fresh / "lib")
+
+
+def _slim(fresh: Path) -> bool:
+    """Puts the stand-ins in, takes out what is then not asked for; whether CRIU still starts."""
+    loader, *words = criu.command(fresh)
+    for standin in paths.CRIU_STANDINS.iterdir():
+        shutil.copy(standin, fresh / "lib")
+    listing = subprocess.run(
+        [loader, "--list", *words], check=False, capture_output=True, text=True
+    )
+    for library in (fresh / "lib").iterdir():
+        if library.name not in listing.stdout:
+            library.unlink()
+    # All its symbols are bound at the start, so one that a stand-in lacks is seen here.
+    started = subprocess.run([loader, *words, "--version"], check=False, capture_output=True)
+    return listing.returncode == 0 and started.returncode == 0
+
+
 def _make_kernel_cache() -> None:
-    # A file that a killed CRIU left half written blocks saving for ever.
-    _KERNEL_CACHE.with_name("criu.kdat.tmp").unlink(missing_ok=True)
-    # /run, and with it the copy in memory, is out of sight in there: the one on the disk is used.
+    # /run, and with it all that is mounted there, is out of sight in there: the CRIU on the disk is used.
     made = subprocess.run(
         ["unshare", "--mount", "sh", "-c", _MAKE_CACHE, "sh", *criu.command(paths.BUNDLE)],
         check=False,
@@ -81,31 +110,6 @@ def _make_kernel_cache() -> None:
         raise HotError(
             "CRIU does not work here", "`criu check` wrote no kernel cache", "run `architect check`"
         )
-    fresh = _KERNEL_CACHE.with_name("criu.kdat.architect")
+    fresh = paths.KERNEL_CACHE.with_suffix(".new")
     fresh.write_bytes(made.stdout)
-    fresh.rename(_KERNEL_CACHE)
-
-
-def make_run_private() -> None:
-    """Keeps the mounts below our run directory out of other mount namespaces' propagation.
-
-    Must come before anything is mounted there: a bind mount hides what is below it.
-    """
-    if _is_mount_point(paths.RUN):
-        return
-    subprocess.run(["mount", "--bind", str(paths.RUN), str(paths.RUN)], check=True)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mount(b"none", str(paths.RUN).encode(), None, _MS_PRIVATE, None)
-
-
-def _is_mount_point(place: Path) -> bool:
-    """Path.is_mount compares devices and does not see a bind mount of the same file system."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return any(line.split()[4] == str(place) for line in lines)
-
-
-def _mount(kind: str, place: Path, options: str) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(kind.encode(), str(place).encode(), kind.encode(), 0, options.encode()):
-        code = ctypes.get_errno()
-        raise HotError(f"{place} cannot be mounted", os.strerror(code), "run as root")
+    fresh.rename(paths.KERNEL_CACHE)

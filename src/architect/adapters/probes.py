@@ -113,7 +113,7 @@ def _cgroups() -> Finding:
 def _criu() -> Finding:
     version = hot.criu_version()
     done = subprocess.run(
-        [*criu.command(preload=paths.CRIU_COMPAT), "check"],
+        [*criu.command(), "check"],
         capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
     )  # fmt: skip
     errors = [line for line in done.stderr.splitlines() if "Error" in line]
@@ -123,7 +123,7 @@ def _criu() -> Finding:
 
 
 def _kernel_cache() -> Finding:
-    there = Path("/run/criu.kdat").exists()
+    there = paths.KERNEL_CACHE.exists()
     found = "made" if there else "missing: `architect up` makes it"
     return _finding(
         "CRIU's kernel cache", there, found, "each wake takes 25 ms longer", needed=False

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from architect.adapters import podman
+from architect.adapters import podman, rundir
 from architect.contract import oci, paths
 from architect.contract.annotations import PREFIX
 from architect.contract.errors import ArchitectError
@@ -69,9 +69,10 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
         fresh.write_text(json.dumps(answer.spec))
         fresh.chmod(config.stat().st_mode & 0o777)
         fresh.rename(config)
-        run = paths.CONTAINERS / container
-        run.mkdir(parents=True, mode=0o700, exist_ok=True)
-        (run / "meta.json").write_bytes(msgspec.json.encode(record))
+        with rundir.held():
+            run = paths.CONTAINERS / container
+            run.mkdir(mode=0o700, exist_ok=True)
+            (run / "meta.json").write_bytes(msgspec.json.encode(record))
     except OSError as error:
         raise BadBundle(
             what=f"container {answer.identity} cannot be taken in",

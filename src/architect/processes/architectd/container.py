@@ -541,8 +541,8 @@ class ManagedContainer:
         return await asked
 
     def _restore_failure(self, why: str) -> ArchitectError:
-        place = self._store.committed()
-        reason = criu.reason(place / "restore.log") if place else "its checkpoint is gone"
+        there = self._store.committed()
+        reason = criu.reason(self._run / criu.RESTORE_LOG) if there else "its checkpoint is gone"
         return criu.CriuError(
             what=f"{self.name} could not be woken, its checkpoint is kept",
             why=f"{why}: {reason}",

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 
-from architect.adapters import hot
+from architect.adapters import hot, rundir
 from architect.adapters.bpf import ensure_bpffs
 from architect.adapters.events import EventLog
 from architect.adapters.gate import GateError
@@ -44,7 +44,7 @@ async def serve() -> None:
 
 def main() -> None:
     """Program; exit status 1 with one line on stderr if another daemon runs or the machine is unfit."""
-    paths.RUN.mkdir(parents=True, mode=0o755, exist_ok=True)
+    paths.STATE.mkdir(parents=True, mode=0o755, exist_ok=True)
     lock = paths.DAEMON_LOCK.open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,14 +55,15 @@ def main() -> None:
         )
         sys.exit(1)
     try:
-        hot.make_run_private()
-        ensure_bpffs(paths.BPF)
-        hot.prepare()
+        with rundir.held():
+            ensure_bpffs(paths.BPF)
+            hot.prepare()
     except (ArchitectError, GateError, OSError, subprocess.CalledProcessError) as error:
         print(f"architectd: {error}", file=sys.stderr)
         sys.exit(1)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve())
+    rundir.release()
 
 
 if __name__ == "__main__":
