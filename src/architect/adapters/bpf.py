@@ -115,6 +115,7 @@ def _libbpf() -> ctypes.CDLL:
         "bpf_map_lookup_elem": (c_int, [c_int, c_char_p, c_void_p]),
         "bpf_map_update_elem": (c_int, [c_int, c_char_p, c_char_p, c_uint64]),
         "bpf_map_delete_elem": (c_int, [c_int, c_char_p]),
+        "libbpf_num_possible_cpus": (c_int, []),
         "bpf_map_get_next_key": (c_int, [c_int, c_char_p, c_void_p]),
         "bpf_tc_hook_create": (c_int, [POINTER(_TcHook)]),
         "bpf_tc_attach": (c_int, [POINTER(_TcHook), POINTER(_TcOptions)]),
@@ -270,6 +271,38 @@ class Map:
     def close(self) -> None:
         """Close the descriptor; a pinned map lives on."""
         os.close(self.descriptor)
+
+
+class PerCpuMap:
+    """An array map with a value for each CPU that the machine could have, by descriptor.
+
+    The size of a value must be a multiple of 8 (bpf(2): the kernel pads each CPU's).
+    """
+
+    def __init__(self, descriptor: int, key: struct.Struct, value: struct.Struct) -> None:
+        """Take over a descriptor."""
+        self.descriptor = descriptor
+        self._key = key
+        self._value = value
+        self._library = _libbpf()
+        self._size = value.size * self._library.libbpf_num_possible_cpus()
+
+    def __getitem__(self, key: int) -> list[tuple[int, ...]]:
+        """Return the fields of each CPU's value. Raises BpfError."""
+        buffer = ctypes.create_string_buffer(self._size)
+        result = self._library.bpf_map_lookup_elem(self.descriptor, self._key.pack(key), buffer)
+        if result:
+            _log.lines.clear()
+            raise _failed("cannot read a map", -result)
+        return list(self._value.iter_unpack(buffer.raw))
+
+    def clear(self, key: int) -> None:
+        """Set all values of a key to zeros. Raises BpfError."""
+        zeros = bytes(self._size)
+        result = self._library.bpf_map_update_elem(self.descriptor, self._key.pack(key), zeros, 0)
+        if result:
+            _log.lines.clear()
+            raise _failed("cannot write a map", -result)
 
 
 class IngressFilter:

@@ -8,12 +8,15 @@ reset. The kernel side is native/bpf/gate.bpf.c; its maps are pinned, so a
 daemon that was killed finds modes, ports and times as they were.
 
 Order that loses nothing: set_mode(HOLD), checkpoint; when `fileno` polls
-readable, `receive` says whom to wake; restore, set_mode(OPEN), release.
+readable, `receive` says whom to wake; restore, set_mode(OPEN), release. The
+rules that queue are on each packet's way, so they are there only while an owner
+holds, and until `withdraw` after that.
 """
 
 import enum
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -44,7 +47,7 @@ _PORT_OWNERS = struct.Struct("=III")
 _MODES = struct.Struct("=II")
 _HELD = struct.Struct("=QQ")
 _ACTIVITY = struct.Struct("=QQQQ")
-_MAPS = ("ports", "modes", "held", "activity", "limits")
+_MAPS = ("ports", "modes", "held", "traffic", "limits")
 _PROGRAMS = ("gate_ethernet", "gate_raw")
 
 
@@ -94,7 +97,7 @@ class Activity(NamedTuple):
     """What an owner's ports have seen since the owner appeared."""
 
     last_ns: int
-    """Time of the last packet on CLOCK_MONOTONIC, 0 if there was none."""
+    """Time of the last packet on CLOCK_MONOTONIC, good to 10 ms; 0 if there was none."""
     packets: int
     """Packets that counted as activity; aggregated segments are one."""
     held: int
@@ -118,8 +121,9 @@ def _key(port: Port) -> int:
 class Gate:
     """The gate of one network namespace; made by `open`.
 
-    Not for use by several threads at once; `open` and `close` take up to 0.1 s
-    (programs are verified, iptables is called) and are better run in a worker.
+    Not for use by several threads at once, but for `withdraw`; `open` and `close`
+    take up to 0.1 s (programs are verified, iptables is called) and are better
+    run in a worker.
     Methods raise GateError, and ValueError for an owner or port out of range.
     """
 
@@ -138,7 +142,7 @@ class Gate:
         self._ports = bpf.Map(maps["ports"], _KEY, _PORT_OWNERS)
         self._mode_masks = bpf.Map(maps["modes"], _KEY, _MODES)
         self._held_counts = bpf.Map(maps["held"], _KEY, _HELD)
-        self._activity = bpf.Map(maps["activity"], _KEY, _ACTIVITY)
+        self._traffic = bpf.PerCpuMap(maps["traffic"], _KEY, _ACTIVITY)
         self._limits = bpf.Map(maps["limits"], _KEY, _HELD)
         self._tables = list(maps.values())
         self._queue: nfqueue.Queue | None = None
@@ -148,6 +152,8 @@ class Gate:
         self._masks = dict.fromkeys(Mode, 0)  # mode -> owners; not kept for OPEN
         self._held: dict[int, int] = {}  # packet -> owners, in order of arrival
         self._probe_arrived = False
+        self._rules = threading.Lock()
+        self._queueing = False  # the rules are in place; under the lock
 
     @classmethod
     def open(cls, netns: int | Path, pin_dir: Path, program: Path) -> "Gate":
@@ -155,12 +161,15 @@ class Gate:
 
         `pin_dir` is this gate's own directory on a bpf file system (whose names
         must not contain dots), made if needed; `program` the compiled object.
-        Whatever is missing (maps, filters, rules) is put in place; what is
-        there keeps its state. Packets that a killed reader held are lost.
+        Whatever is missing (maps, filters; rules if an owner holds) is put in
+        place; what is there keeps its state. Packets that a killed reader held
+        are lost.
         Raises GateBusyError, GateError.
         """
         gate = None
         try:
+            for family in netfilter.Family:
+                _ = netfilter.probe(family, RULE).backend  # now, not when an owner is to hold
             gate = cls._load(netns, pin_dir, program)
             gate._start()
             gate.repair()
@@ -195,7 +204,7 @@ class Gate:
             for name, path in pins.items():
                 descriptors[name] = bpf.open_pinned(path)
             for path in pin_dir.iterdir():
-                if path.name.startswith(_PROGRAMS) and path not in program_pins.values():
+                if path not in pins.values():
                     path.unlink()
         except BaseException:
             for descriptor in [*descriptors.values(), netns_fd]:
@@ -220,6 +229,9 @@ class Gate:
             self._queue = nfqueue.Queue(
                 RULE.queue, capacity=OWNERS * HELD_PACKETS, buffer_bytes=_RECEIVE_BUFFER
             )
+            # A daemon that was killed may have left them.
+            found = [self._reach(family) for family in netfilter.Family]
+            self._queueing = netfilter.Reach.QUEUED in found
 
     @property
     def _reader(self) -> nfqueue.Queue:
@@ -287,11 +299,22 @@ class Gate:
         """Open or close the gate for an owner, from the next packet on.
 
         A change of mode gives the owner a fresh allowance of held packets.
-        Packets held already stay held until `release`.
+        Packets held already stay held until `release`. The first to hold has
+        the rules put in place: some milliseconds.
         """
         bit = _bit(owner)
         if self.mode(owner) is mode:
             return
+        if mode is not Mode.HOLD:
+            self._set_masks(owner, bit, mode)
+            return
+        with self._rules:
+            if not self._queueing:
+                # Before the first mark: a marked packet without a rule passes.
+                self._put_rules()
+            self._set_masks(owner, bit, mode)
+
+    def _set_masks(self, owner: int, bit: int, mode: Mode) -> None:
         masks = {found: owners & ~bit for found, owners in self._masks.items()}
         if mode is not Mode.OPEN:
             masks[mode] |= bit
@@ -311,9 +334,11 @@ class Gate:
         """Read an owner's counters from the kernel."""
         _bit(owner)
         try:
-            return Activity(*self._activity[owner])
+            by_cpu = [Activity(*fields) for fields in self._traffic[owner]]
         except bpf.BpfError as error:
             raise GateError(f"cannot read the activity of owner {owner}: {error}") from error
+        last, *counts = zip(*by_cpu, strict=True)
+        return Activity(max(last), *map(sum, counts))
 
     def receive(self) -> int:
         """Take notice of newly held packets; return the mask of their holding owners.
@@ -395,26 +420,30 @@ class Gate:
         holding = self._masks[Mode.HOLD]
         self._decide([n for n, owners in self._held.items() if not owners & holding], accept=True)
         try:
-            self._activity[owner] = (0, 0, 0, 0)
+            self._traffic.clear(owner)
         except bpf.BpfError as error:
             raise GateError(f"cannot clear the activity of owner {owner}: {error}") from error
 
     def repair(self) -> list[str]:
         """Put back what others took away or what is new, and say what it was.
 
-        Looks for pins, for the filter on every interface, and for the rules;
-        takes well below a millisecond when nothing is missing.
+        Looks for pins, for the filter on every interface, and for the rules if
+        they are to be there; takes well below a millisecond when nothing is
+        missing.
         """
-        repaired = []
+        repaired: list[str] = []
         try:
             for name, descriptor in self._pin_names.items():
                 if not (self._pins / name).exists():
                     self._pins.mkdir(mode=0o700, parents=True, exist_ok=True)
                     bpf.pin(descriptor, self._pins / name)
                     repaired.append(f"pin {name}")
+            # The rules first: a filter that marks without them lets packets pass.
+            with self._rules, netns.entered(self._netns):
+                if self._masks[Mode.HOLD] or self._queueing:
+                    repaired += self._repair_rules()
+                    self._queueing = True
             with netns.entered(self._netns):
-                # The rules first: a filter that marks without them lets packets pass.
-                repaired += self._repair_rules()
                 repaired += self._repair_filters()
         except _CAUSES as error:
             raise GateError(f"cannot repair gate {self._pins.name}: {error}") from error
@@ -443,6 +472,36 @@ class Gate:
         udp = _PROTOCOLS["udp"]
         avoid = [key & 0xFFFF for key in self._port_owners if key >> 16 == udp]
         return netfilter.reach(family, RULE, self.fileno(), arrived, avoid)
+
+    def _put_rules(self) -> None:
+        try:
+            with netns.entered(self._netns):
+                self._repair_rules()
+        except _CAUSES as error:
+            raise GateError(f"gate {self._pins.name} cannot hold packets: {error}") from error
+        self._queueing = True
+
+    def withdraw(self) -> bool:
+        """Take the rules away unless an owner holds; return whether they are gone.
+
+        Takes up to 0.1 s, for a worker. May be called while another thread uses
+        the gate: one that then wants to hold waits.
+        """
+        with self._rules:
+            if self._masks[Mode.HOLD] or self._held or self._queue is None:
+                return False
+            if not self._queueing:
+                return True
+            try:
+                with netns.entered(self._netns):
+                    for family in netfilter.Family:
+                        netfilter.remove(netfilter.probe(family, RULE).backend, family, RULE)
+            except _CAUSES as error:
+                raise GateError(
+                    f"cannot take rules from gate {self._pins.name}: {error}"
+                ) from error
+            self._queueing = False
+            return True
 
     def _repair_rules(self) -> list[str]:
         repaired = []
@@ -496,9 +555,10 @@ class Gate:
     def _close(self) -> None:
         if self._queue is None and not self._programs:
             return
-        if self._queue is not None:
-            self._queue.close()
-            self._queue = None
+        with self._rules:
+            if self._queue is not None:
+                self._queue.close()
+                self._queue = None
         for descriptor in [*self._tables, *self._programs.values(), self._netns]:
             os.close(descriptor)
         self._programs = {}

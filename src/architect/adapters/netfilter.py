@@ -206,9 +206,12 @@ def remove(backend: Backend, family: Family, rule: Rule) -> None:
         # Adding first makes the deletion good for an absent table, too.
         _checked("nft", "-f", "-", text=f"add table {table}\ndelete table {table}\n")
         return
+    tool, wait = _iptables(backend, family), ("-w", str(_COMMAND_SECONDS // 2))
     while present(backend, family, rule):
-        arguments = ["-w", str(_COMMAND_SECONDS // 2), "-t", "mangle", "-D", "PREROUTING"]
-        _checked(_iptables(backend, family), *arguments, *_iptables_rule(rule))
+        _checked(tool, *wait, "-t", "mangle", "-D", "PREROUTING", *_iptables_rule(rule))
+    if backend is Backend.IPTABLES_NFT:
+        # An empty chain is on each packet's way too. Refused, rightly, while it has others' rules.
+        _call(tool, *wait, "-t", "mangle", "-X", "PREROUTING")
 
 
 def reach(

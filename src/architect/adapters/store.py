@@ -80,7 +80,7 @@ class Store:
         """
         place = self._home / f".dump-{generation}"
         try:
-            files = [_record(file) for file in _image_files(place)]
+            files = [_record(f"{place}/{name}") for name in _image_files(place)]
             manifest = CheckpointManifest(
                 container=self._container,
                 generation=generation,
@@ -170,7 +170,7 @@ class Store:
             )
         for file in manifest.files:
             try:
-                found = _record(place / file.name)
+                found = _record(f"{place}/{file.name}")
             except OSError as error:
                 raise _damaged(place, f"{file.name}: {error.strerror}") from error
             if found.size != file.size:
@@ -178,7 +178,7 @@ class Store:
             if found.digest != file.digest:
                 raise _damaged(place, f"{file.name} has other contents than were written")
         names = {file.name for file in manifest.files}
-        strange = [file.name for file in _image_files(place) if file.name not in names]
+        strange = [name for name in _image_files(place) if name not in names]
         # CRIU writes its statistics after the commit.
         strange = [name for name in strange if not name.startswith("stats-")]
         if strange:
@@ -236,21 +236,32 @@ def stray(root: Path, alive: set[str]) -> list[Path]:
     return [place for place in root.iterdir() if place.is_dir() and place.name not in alive]
 
 
-def _image_files(place: Path) -> list[Path]:
-    return sorted(
-        file for file in place.iterdir() if file.is_file() and file.suffix not in _NOT_IMAGES
-    )
+def _image_files(place: Path) -> list[str]:
+    # No Path a file, here and below: a wake waits for it.
+    with os.scandir(place) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if entry.is_file() and not entry.name.endswith(_NOT_IMAGES)
+        )
 
 
 def _page_files(place: Path) -> list[Path]:
     return sorted(place.glob("pages-*.img"))
 
 
-def _record(file: Path) -> FileRecord:
-    if file.name.startswith("pages-"):
-        return FileRecord(file.name, file.stat().st_size)
-    contents = file.read_bytes()
-    return FileRecord(file.name, len(contents), blake3(contents).hexdigest())
+def _record(file: str) -> FileRecord:
+    name = file.rpartition("/")[2]
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        if name.startswith("pages-"):
+            return FileRecord(name, size)
+        # One byte more: a file that grows meanwhile is not what was recorded.
+        contents = os.read(descriptor, size + 1)
+    finally:
+        os.close(descriptor)
+    return FileRecord(name, len(contents), blake3(contents).hexdigest())
 
 
 def _chunk_digests(file: Path) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 Why: the IPC namespace outlives the program (the keeper holds it), and CRIU makes every object in it anew at
 restore, which fails with "File exists" as long as the old ones are there. Their contents are in the
-checkpoint. Called by the daemon after a dump, and before a wake in case it died in between.
+checkpoint. Called by the daemon after a dump, at its start, and before it tries a failed wake again.
 """
 
 from __future__ import annotations

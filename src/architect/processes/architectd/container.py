@@ -235,6 +235,7 @@ class ManagedContainer:
             else:
                 self.clock.place.open()
         if state is State.SCALED_DOWN:
+            self._remove_ipc()
             self._checkpoint_bytes = self._store.size()
         elif state is State.RUNNING:
             self._retire()
@@ -433,11 +434,16 @@ class ManagedContainer:
         except KeeperError:
             return  # Its end arrives by the watch.
         if found.phase == "hibernated":
-            if self.record.shared_ipc is False:
-                sysvipc.remove_all(self.record.keeper)
+            self._remove_ipc()
             self.happen(Happening.DUMPED)
         else:
             self.happen(Happening.DUMP_FAILED)
+
+    def _remove_ipc(self) -> None:
+        """Whatever is left in the container's own IPC namespace is in the checkpoint too."""
+        if self.record.shared_ipc is False:
+            with contextlib.suppress(OSError):
+                sysvipc.remove_all(self.record.keeper)
 
     def _images_written(self) -> None:
         self._task(self._look_again())
@@ -503,8 +509,7 @@ class ManagedContainer:
             if self._unfit:
                 await self._keeper.ask("arm")
                 self._unfit = False
-            if not self.record.shared_ipc:
-                sysvipc.remove_all(self.record.keeper)
+                self._remove_ipc()
             if self.clock.cgroup is not None:
                 self.record.lifted = self.clock.cgroup.lift_limits()
                 if self.record.lifted:

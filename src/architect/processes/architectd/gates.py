@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Final
 
 from architect.adapters.gate import OWNERS, Activity, Gate, GateError, Mode, Port, Use
 from architect.contract import paths
 from architect.contract.errors import ArchitectError
+
+_WITHDRAW_S: Final = 2.0
+"""Seconds after a wake until the rules that queue packets are taken off its packets' way."""
 
 
 class GateUnavailable(ArchitectError):
@@ -62,7 +67,9 @@ class Place:
     def open(self) -> int:
         """Packets pass from now on, those that waited first; returns how many waited."""
         self._shared.gate.set_mode(self.owner, Mode.OPEN)
-        return self._shared.gate.release(self.owner, accept=True)
+        released = self._shared.gate.release(self.owner, accept=True)
+        self._shared.withdraw_soon()
+        return released
 
     def drop(self) -> None:
         """Packets vanish from now on, those that waited too; never a reset."""
@@ -90,6 +97,7 @@ class _Shared:
         self.inode = inode
         self.wanted: dict[int, Callable[[], None]] = {}
         self._gates = gates
+        self._withdrawal: asyncio.TimerHandle | None = None
         asyncio.get_running_loop().add_reader(gate.fileno(), self._arrived)
 
     def _arrived(self) -> None:
@@ -97,6 +105,21 @@ class _Shared:
         for owner, wanted in list(self.wanted.items()):
             if mask >> owner & 1:
                 wanted()
+
+    def withdraw_soon(self) -> None:
+        """Somebody has opened: the rules go, unless somebody holds again by then."""
+        if self._withdrawal is None:
+            loop = asyncio.get_running_loop()
+            self._withdrawal = loop.call_later(_WITHDRAW_S, self._withdraw)
+
+    def _withdraw(self) -> None:
+        self._withdrawal = None
+        self._gates.in_thread(self._try_to_withdraw)
+
+    def _try_to_withdraw(self) -> None:
+        # Rules that stay cost a little speed and nothing else; the next opening tries again.
+        with contextlib.suppress(GateError, OSError):
+            self.gate.withdraw()
 
     def leave(self, owner: int) -> None:
         if self.wanted.pop(owner, None) is None:
@@ -107,6 +130,8 @@ class _Shared:
             self._gates.forget(self)
 
     def deafen(self) -> None:
+        if self._withdrawal is not None:
+            self._withdrawal.cancel()
         with contextlib.suppress(GateError, OSError, ValueError):
             asyncio.get_running_loop().remove_reader(self.gate.fileno())
 
@@ -121,7 +146,7 @@ class Gates:
     def __init__(self) -> None:
         self._by_inode: dict[int, _Shared] = {}
         self._lock = asyncio.Lock()
-        self._removals: set[asyncio.Task[None]] = set()
+        self._behind: set[asyncio.Task[None]] = set()
 
     async def join(self, netns: Path, owner: int, wanted: Callable[[], None]) -> Place:
         """A place at the gate of ``netns``; the ``owner`` number of old, or a free one for -1.
@@ -176,13 +201,17 @@ class Gates:
         """A gate has lost its last owner: takes it away, behind the back of all others' wakes."""
         del self._by_inode[shared.inode]
         shared.deafen()
-        task = asyncio.create_task(self._remove(shared))
-        self._removals.add(task)
-        task.add_done_callback(self._removals.discard)
+        self.in_thread(functools.partial(shared.close, remove=True))
 
-    async def _remove(self, shared: _Shared) -> None:
+    def in_thread(self, work: Callable[[], None]) -> None:
+        """Runs what calls iptables behind the back of all wakes, one thing at a time."""
+        task = asyncio.create_task(self._alone(work))
+        self._behind.add(task)
+        task.add_done_callback(self._behind.discard)
+
+    async def _alone(self, work: Callable[[], None]) -> None:
         async with self._lock:
-            await asyncio.to_thread(shared.close, remove=True)
+            await asyncio.to_thread(work)
 
     def close(self) -> None:
         """Lets go of all gates; filters, rules and modes stay for the next daemon."""
