@@ -3,10 +3,10 @@
 Each test has its own pod and client, joined by veth: see podnet.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
-import contextlib
 import functools
 import os
 import re
