@@ -27,6 +27,7 @@ from architect.contract.annotations import (
     SCALEDOWN_DURATIONS,
 )
 from bench.harness import podman_value
+from bench.valkey import encode
 
 TEST_IMAGE: Final = "localhost/architect-test:1"
 VALKEY_IMAGE: Final = "localhost/valkey:8"
@@ -436,9 +437,7 @@ class Valkey(Client):
 
     def command(self, *words: str | int) -> Any:
         """Send a command and return the reply as str, int, list or None."""
-        parts = [str(word).encode() for word in words]
-        sent = b"*%d\r\n" % len(parts)
-        self.socket.sendall(sent + b"".join(b"$%d\r\n%s\r\n" % (len(p), p) for p in parts))
+        self.socket.sendall(encode(words))
         return self.reply()
 
     def reply(self) -> Any:

@@ -84,7 +84,9 @@ class ManagedContainer:
         for action in step.actions:
             self._do(action)
         if step.state is not before:
-            self._log_transition(before, happening)
+            self._report.transition(
+                before, self.state, happening, self._why, self._checkpoint_bytes
+            )
             if self.state not in (State.ENDED, State.SCALING_UP):
                 self.save()  # Not on the way of a wake, which changes nothing that is recorded.
             self._waiters.settle(self.state, self.name, self._failure, self._why)
@@ -134,7 +136,7 @@ class ManagedContainer:
     @property
     def name(self) -> str:
         """pod/container, for messages."""
-        return f"{self.record.pod}/{self.record.container}"
+        return self._report.name
 
     def row(self) -> Row:
         """Its line in `architect ps`."""
@@ -641,42 +643,20 @@ class ManagedContainer:
     # ---- reports -----------------------------------------------------------------------------------------
 
     def _tell(self, action: Action) -> None:
-        if action is Action.REPORT_DOWN:
-            self.record.hibernations += 1
-            self.clock.failures = 0
-            self.record.error = None
-            self.record.last_scale_down_ms = _since(self._began)
-            self._report.event(
-                "ScaledDown",
-                f"{self.name} hibernated: {self._why}",
-                self.record.last_scale_down_ms,
-                self._checkpoint_bytes,
-            )
-        elif action is Action.REPORT_UP:
-            self.record.error = None
-            message = f"{self.name} woke: {self._why}"
-            self._report.event("ScaledUp", message, self.record.last_scale_up_ms)
-        elif action is Action.REPORT_CANCELLED:
-            self._report.log("dump cancelled", because=self._why, ms=_since(self._began))
-        elif action in (Action.REPORT_DUMP_FAILED, Action.REPORT_RESTORE_FAILED):
-            self.record.error = str(self._failure or "unknown")
-            if self.name not in self.record.error:
-                self.record.error = f"{self.name}: {self.record.error}"
-            down = action is Action.REPORT_DUMP_FAILED
-            self.clock.failures += down
-            self._report.event("CheckpointFailed" if down else "RestoreFailed", self.record.error)
-
-    def _log_transition(self, before: State, happening: Happening) -> None:
-        self._report.log(
-            "transition",
-            state=self.state.value,
-            was=before.value,
-            because=happening.value,
-            why=self._why,
-            down_ms=self.record.last_scale_down_ms,
-            up_ms=self.record.last_scale_up_ms,
-            bytes=self._checkpoint_bytes,
-        )
+        match action:
+            case Action.REPORT_DOWN:
+                self.clock.failures = 0
+                self.record.last_scale_down_ms = _since(self._began)
+                self._report.down(self._why, self._checkpoint_bytes)
+            case Action.REPORT_UP:
+                self._report.up(self._why)
+            case Action.REPORT_CANCELLED:
+                self._report.log("dump cancelled", because=self._why, ms=_since(self._began))
+            case Action.REPORT_DUMP_FAILED:
+                self.clock.failures += 1
+                self._report.failed("CheckpointFailed", self._failure)
+            case Action.REPORT_RESTORE_FAILED:
+                self._report.failed("RestoreFailed", self._failure)
 
     def _task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

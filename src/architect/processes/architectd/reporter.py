@@ -11,7 +11,9 @@ import time
 from typing import Any
 
 from architect.adapters.events import EventLog
+from architect.contract.errors import ArchitectError
 from architect.contract.records import ContainerRecord, Event
+from architect.contract.states import Happening, State
 
 
 class Reporter:
@@ -20,6 +22,44 @@ class Reporter:
     def __init__(self, record: ContainerRecord, events: EventLog) -> None:
         self._record = record
         self._events = events
+
+    @property
+    def name(self) -> str:
+        """pod/container, for messages."""
+        return f"{self._record.pod}/{self._record.container}"
+
+    def down(self, why: str, size: int) -> None:
+        """It is hibernated; ``size`` is its checkpoint's, in bytes."""
+        record = self._record
+        record.hibernations += 1
+        record.error = None
+        self.event("ScaledDown", f"{self.name} hibernated: {why}", record.last_scale_down_ms, size)
+
+    def up(self, why: str) -> None:
+        """It runs again."""
+        self._record.error = None
+        self.event("ScaledUp", f"{self.name} woke: {why}", self._record.last_scale_up_ms)
+
+    def failed(self, reason: str, failure: ArchitectError | None) -> None:
+        """A step failed and was undone; `architect ps` shows it until one succeeds."""
+        text = str(failure or "unknown")
+        self._record.error = text if self.name in text else f"{self.name}: {text}"
+        self.event(reason, self._record.error)
+
+    def transition(
+        self, before: State, state: State, happening: Happening, why: str, size: int
+    ) -> None:
+        """The one log line of a change of state."""
+        self.log(
+            "transition",
+            state=state.value,
+            was=before.value,
+            because=happening.value,
+            why=why,
+            down_ms=self._record.last_scale_down_ms,
+            up_ms=self._record.last_scale_up_ms,
+            bytes=size,
+        )
 
     def event(
         self, reason: str, message: str, duration_ms: float | None = None, size: int | None = None
