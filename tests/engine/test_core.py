@@ -5,11 +5,14 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from architect.adapters import netns
+from architect.adapters import bpf, netns
+from architect.contract import paths
 from tests.engine.support import (
     PORT,
     SUBJECT,
@@ -310,6 +313,40 @@ def test_memory_of_the_machine_comes_back(lab: Lab) -> None:
     wait_until(lambda: available() - before > 270 * MEGABYTE, "the machine's memory to come back")
     wait_until(lambda: container.memory() < HIBERNATED_BYTES, "its cgroup to be empty")
     assert client.command("DEBUG", "DIGEST") == digest
+    client.close()
+
+
+def test_flooded_container_is_not_watched_all_the_time_and_sleeps_all_the_same(lab: Lab) -> None:
+    if not bpf.has_tcx():
+        pytest.skip("the kernel has no tcx, whose links can be seen (Linux 6.6)")
+    container = lab.subject("flooded", idle="20s")
+    inode = Path(f"/proc/{container.keeper}/ns/net").stat().st_ino
+    pins = paths.BPF / f"{inode:x}"
+    client = Client.connect("127.0.0.1", container.host_port)
+    count = 0
+
+    def flood(until: Callable[[], bool], what: str) -> None:
+        nonlocal count
+        end = time.monotonic() + 15
+        while not until():
+            assert time.monotonic() < end, f"15 s of traffic, still waiting for {what}"
+            for _ in range(100):
+                count += 1
+                assert int(client.ask("count")) == count
+
+    flood(lambda: not list(pins.glob("ingress-*")), "the filters to rest")
+    row = container.row()
+    assert row is not None
+    assert row["idle_s"] == 0
+    container.sleep()
+    assert list(pins.glob("ingress-*"))
+    count += 1
+    assert int(client.ask("count")) == count
+    flood(lambda: not list(pins.glob("ingress-*")), "the filters to rest again")
+    wait_until(lambda: list(pins.glob("ingress-*")), "the filters to be back")
+    container.await_state("SCALED_DOWN", 30)
+    count += 1
+    assert int(client.ask("count")) == count
     client.close()
 
 

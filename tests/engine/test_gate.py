@@ -96,6 +96,15 @@ def network(bpffs: Path, program: Path, request: pytest.FixtureRequest) -> Itera
         made.pin_dir.rmdir()
 
 
+@pytest.fixture(autouse=True, params=["tcx", "clsact"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test once with each way of attaching to an interface."""
+    tcx = request.param == "tcx"
+    if tcx and not bpf.has_tcx():
+        pytest.skip("the kernel has no tcx (Linux 6.6)")
+    monkeypatch.setattr(bpf, "has_tcx", lambda: tcx)
+
+
 @pytest.fixture
 def gate(network: Network) -> Gate:
     opened = network.open()
@@ -421,17 +430,23 @@ def test_killed_daemon_drops_and_its_successor_takes_over(network: Network) -> N
     assert network.resets() == 0
 
 
+def program_pins(network: Network) -> set[str]:
+    """Names of all pins but those of links to interfaces."""
+    names = {path.name for path in network.pin_dir.iterdir()}
+    return {name for name in names if not name.startswith("ingress-")}
+
+
 def test_new_release_takes_over_with_its_own_program(
     network: Network, gate: Gate, tmp_path: Path
 ) -> None:
     gate.set_mode(0, Mode.DROP)
     gate.close(remove=False)
-    before = {path.name for path in network.pin_dir.iterdir()}
+    before = program_pins(network)
     network.program = tmp_path / "gate.bpf.o"
     (original,) = (ROOT / "build/native").glob("gate.bpf.o")
     network.program.write_bytes(original.read_bytes() + b"\0")
     successor = network.open()
-    after = {path.name for path in network.pin_dir.iterdir()}
+    after = program_pins(network)
     assert len(before) == len(after) == 7
     assert len(before & after) == 5  # the maps
     assert successor.mode(0) is Mode.DROP
@@ -481,6 +496,42 @@ def test_successor_knows_whether_the_rules_are_there(network: Network, gate: Gat
     assert not rules_are_there(network)
 
 
+def test_resting_filters_are_off_the_way_and_back_in_time(network: Network, gate: Gate) -> None:
+    server = network.server(socket.AF_INET, socket.SOCK_DGRAM)
+    caller = network.caller(socket.AF_INET, socket.SOCK_DGRAM, "veth")
+    for count in range(2):
+        assert gate.rest()
+        start = time.monotonic_ns()
+        caller.send(b"unseen")
+        assert received(server) == b"unseen"
+        seen = gate.activity(0)
+        assert seen.packets == count
+        assert start <= seen.last_ns  # nobody looks, so it is taken for active
+        assert gate.repair() == []
+        before = time.monotonic_ns()
+        gate.watch()
+        assert before <= gate.activity(0).last_ns <= time.monotonic_ns()
+        caller.send(b"seen")
+        assert received(server) == b"seen"
+        assert gate.activity(0).packets == count + 1
+    for mode in (Mode.HOLD, Mode.DROP):
+        assert gate.rest()
+        gate.set_mode(0, mode)
+        assert not gate.rest()
+        caller.send(b"not let through")
+        until(lambda: gate.activity(0).packets >= 3, "the packet to be seen")
+        assert not readable(server)
+        gate.receive()
+        gate.set_mode(0, Mode.OPEN)
+        gate.release(0, accept=False)
+    assert gate.rest()
+    gate.close(remove=False)
+    successor = network.open()
+    caller.send(b"seen by the successor")
+    assert received(server) == b"seen by the successor"
+    assert successor.activity(0).packets == 5
+
+
 def test_repair_puts_back_what_is_missing(network: Network, gate: Gate) -> None:
     gate.set_mode(1, Mode.HOLD)
     assert gate.repair() == []
@@ -488,8 +539,12 @@ def test_repair_puts_back_what_is_missing(network: Network, gate: Gate) -> None:
     with netns.entered(network.pod):
         for family, backend in backends.items():
             netfilter.remove(backend, family, RULE)
-    network.in_pod("tc filter del dev lo ingress")
-    network.in_pod("tc qdisc del dev eth0 clsact")
+    if bpf.has_tcx():
+        for link in network.pin_dir.glob("ingress-*"):
+            link.unlink()
+    else:
+        network.in_pod("tc filter del dev lo ingress")
+        network.in_pod("tc qdisc del dev eth0 clsact")
     network.in_pod("ip link add eth1 type veth peer name eth2")
     (network.pin_dir / "ports").unlink()
     expected = {

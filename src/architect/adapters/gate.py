@@ -10,13 +10,15 @@ daemon that was killed finds modes, ports and times as they were.
 Order that loses nothing: set_mode(HOLD), checkpoint; when `fileno` polls
 readable, `receive` says whom to wake; restore, set_mode(OPEN), release. The
 rules that queue are on each packet's way, so they are there only while an owner
-holds, and until `withdraw` after that.
+holds, and until `withdraw` after that. The filters of a program that is flooded
+with packets can `rest` for some seconds: that it is busy is known by then.
 """
 
 import enum
 import os
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -36,6 +38,8 @@ RULE = netfilter.Rule(mark=0x41720000, mask=0xFFFF0000, queue=16754)
 _HANDLE = 1
 _PRIORITY = 21
 """Of our tc filter: other programs' filters stay, before or after it."""
+_LINK = "ingress-"
+"""Beginning of the pins of the filters at interfaces, where they have some."""
 _RECEIVE_BUFFER = 8 << 20
 _RECEIVE_AT_ONCE = 512
 """Keeps one `receive` below 5 ms; the descriptor stays readable for the rest."""
@@ -118,10 +122,13 @@ def _key(port: Port) -> int:
     return _PROTOCOLS[port.protocol] << 16 | port.number
 
 
+Place = bpf.TcxFilter | bpf.IngressFilter
+
+
 class Gate:
     """The gate of one network namespace; made by `open`.
 
-    Not for use by several threads at once, but for `withdraw`; `open` and `close`
+    Not for use by several threads at once, but for `withdraw` and `rest`; `open` and `close`
     take up to 0.1 s (programs are verified, iptables is called) and are better
     run in a worker.
     Methods raise GateError, and ValueError for an owner or port out of range.
@@ -152,8 +159,10 @@ class Gate:
         self._masks = dict.fromkeys(Mode, 0)  # mode -> owners; not kept for OPEN
         self._held: dict[int, int] = {}  # packet -> owners, in order of arrival
         self._probe_arrived = False
-        self._rules = threading.Lock()
-        self._queueing = False  # the rules are in place; under the lock
+        self._lock = threading.Lock()
+        self._queueing = False  # the rules are in place; under the lock, as all below
+        self._resting = False  # the filters are not in place
+        self._watched_ns = 0  # when they were put back; CLOCK_MONOTONIC
 
     @classmethod
     def open(cls, netns: int | Path, pin_dir: Path, program: Path) -> "Gate":
@@ -204,7 +213,7 @@ class Gate:
             for name, path in pins.items():
                 descriptors[name] = bpf.open_pinned(path)
             for path in pin_dir.iterdir():
-                if path not in pins.values():
+                if path not in pins.values() and not path.name.startswith(_LINK):
                     path.unlink()
         except BaseException:
             for descriptor in [*descriptors.values(), netns_fd]:
@@ -305,13 +314,14 @@ class Gate:
         bit = _bit(owner)
         if self.mode(owner) is mode:
             return
-        if mode is not Mode.HOLD:
+        if mode is Mode.OPEN:
             self._set_masks(owner, bit, mode)
             return
-        with self._rules:
-            if not self._queueing:
+        with self._lock:
+            if mode is Mode.HOLD and not self._queueing:
                 # Before the first mark: a marked packet without a rule passes.
                 self._put_rules()
+            self._put_filters()
             self._set_masks(owner, bit, mode)
 
     def _set_masks(self, owner: int, bit: int, mode: Mode) -> None:
@@ -331,14 +341,15 @@ class Gate:
         return next((mode for mode, owners in self._masks.items() if owners & bit), Mode.OPEN)
 
     def activity(self, owner: int) -> Activity:
-        """Read an owner's counters from the kernel."""
+        """Read an owner's counters from the kernel. While the filters rest, the last packet is now."""
         _bit(owner)
         try:
             by_cpu = [Activity(*fields) for fields in self._traffic[owner]]
         except bpf.BpfError as error:
             raise GateError(f"cannot read the activity of owner {owner}: {error}") from error
         last, *counts = zip(*by_cpu, strict=True)
-        return Activity(max(last), *map(sum, counts))
+        last_ns = time.monotonic_ns() if self._resting else max(*last, self._watched_ns)
+        return Activity(last_ns, *map(sum, counts))
 
     def receive(self) -> int:
         """Take notice of newly held packets; return the mask of their holding owners.
@@ -439,12 +450,12 @@ class Gate:
                     bpf.pin(descriptor, self._pins / name)
                     repaired.append(f"pin {name}")
             # The rules first: a filter that marks without them lets packets pass.
-            with self._rules, netns.entered(self._netns):
+            with self._lock, netns.entered(self._netns):
                 if self._masks[Mode.HOLD] or self._queueing:
                     repaired += self._repair_rules()
                     self._queueing = True
-            with netns.entered(self._netns):
-                repaired += self._repair_filters()
+                if not self._resting:
+                    repaired += self._repair_filters()
         except _CAUSES as error:
             raise GateError(f"cannot repair gate {self._pins.name}: {error}") from error
         return repaired
@@ -453,15 +464,22 @@ class Gate:
         repaired = []
         for interface in netns.interfaces():
             name = "gate_ethernet" if interface.ethernet else "gate_raw"
-            place = bpf.IngressFilter(interface.number, handle=_HANDLE, priority=_PRIORITY)
+            place, other = self._places(interface.number)
             if place.attached() == self._program_ids[name]:
                 continue
             try:
                 place.attach(self._programs[name])
             except bpf.InterfaceGoneError:
                 continue
+            other.detach()  # of a daemon or a kernel that did it the other way
             repaired.append(f"filter on {interface.name}")
         return repaired
+
+    def _places(self, interface: int) -> tuple[Place, Place]:
+        """Where the filter belongs on this kernel, and where it may be from another time."""
+        link = bpf.TcxFilter(interface, self._pins / f"{_LINK}{interface}")
+        classifier = bpf.IngressFilter(interface, handle=_HANDLE, priority=_PRIORITY)
+        return (link, classifier) if bpf.has_tcx() else (classifier, link)
 
     def _reach(self, family: netfilter.Family) -> netfilter.Reach:
         def arrived() -> bool:
@@ -481,13 +499,56 @@ class Gate:
             raise GateError(f"gate {self._pins.name} cannot hold packets: {error}") from error
         self._queueing = True
 
+    def _put_filters(self) -> None:
+        if not self._resting:
+            return
+        try:
+            with netns.entered(self._netns):
+                self._repair_filters()
+        except _CAUSES as error:
+            raise GateError(f"gate {self._pins.name} cannot watch: {error}") from error
+        self._resting = False
+        self._watched_ns = time.monotonic_ns()
+
+    @property
+    def resting(self) -> bool:
+        """Whether the filters rest."""
+        return self._resting
+
+    def watch(self) -> None:
+        """Put the filters back, if they rest."""
+        with self._lock:
+            self._put_filters()
+
+    def rest(self) -> bool:
+        """Take the filters off the packets' way while all owners are open; return whether they are.
+
+        They come back with `watch`, and with the first owner that is not to be
+        open. May be called while another thread uses the gate, and is for a
+        worker: the kernel waits until no CPU runs the filter any more.
+        """
+        with self._lock:
+            if any(self._masks.values()) or self._queue is None:
+                return False
+            try:
+                with netns.entered(self._netns):
+                    for interface in netns.interfaces():
+                        for place in self._places(interface.number):
+                            place.detach()
+            except _CAUSES as error:
+                raise GateError(f"cannot rest gate {self._pins.name}: {error}") from error
+            finally:
+                # Whatever was taken away before it failed is put back with the next `watch`.
+                self._resting = True
+            return True
+
     def withdraw(self) -> bool:
         """Take the rules away unless an owner holds; return whether they are gone.
 
         Takes up to 0.1 s, for a worker. May be called while another thread uses
         the gate: one that then wants to hold waits.
         """
-        with self._rules:
+        with self._lock:
             if self._masks[Mode.HOLD] or self._held or self._queue is None:
                 return False
             if not self._queueing:
@@ -543,19 +604,21 @@ class Gate:
         self._decide(list(self._held), accept=True)
         with netns.entered(self._netns):
             for interface in netns.interfaces():
-                bpf.IngressFilter(interface.number, handle=_HANDLE, priority=_PRIORITY).detach()
+                for place in self._places(interface.number):
+                    place.detach()
             for family in netfilter.Family:
                 # All that work: an earlier daemon may have preferred another.
                 for backend in netfilter.probe(family, RULE).backends:
                     netfilter.remove(backend, family, RULE)
-        for name in self._pin_names:
-            (self._pins / name).unlink(missing_ok=True)
+        # Links of interfaces that are gone are among them.
+        for pin in list(self._pins.iterdir()):
+            pin.unlink()
         self._pins.rmdir()
 
     def _close(self) -> None:
         if self._queue is None and not self._programs:
             return
-        with self._rules:
+        with self._lock:
             if self._queue is not None:
                 self._queue.close()
                 self._queue = None

@@ -17,7 +17,7 @@ from typing import Final
 
 import msgspec
 
-from architect.adapters import criu, hot
+from architect.adapters import criu, hot, rundir
 from architect.contract import paths
 from architect.contract.errors import ArchitectError
 
@@ -143,7 +143,7 @@ def _userfaultfd() -> Finding:
 
 def _network_gate() -> Finding:
     """Opens a gate in a scratch network namespace: eBPF, tc, mark, NFQUEUE, all at once."""
-    from architect.adapters.bpf import ensure_bpffs
+    from architect.adapters.bpf import ensure_bpffs, has_tcx
     from architect.adapters.gate import Gate, GateError
 
     name = f"architect-check-{os.getpid()}"
@@ -151,15 +151,17 @@ def _network_gate() -> Finding:
     subprocess.run([ip, "netns", "add", name], check=True, capture_output=True)
     pins = paths.BPF / f"check{os.getpid()}"
     try:
-        paths.RUN.mkdir(exist_ok=True)
-        ensure_bpffs(paths.BPF)
+        with rundir.held():
+            ensure_bpffs(paths.BPF)
         gate = Gate.open(Path("/run/netns") / name, pins, paths.GATE_PROGRAM)
         gate.close(remove=True)
-        found, there = "eBPF, tc and NFQUEUE hold packets", True
+        way = "tcx" if has_tcx() else "tc clsact"
+        found, there = f"eBPF, {way} and NFQUEUE hold packets", True
     except (GateError, OSError) as error:
         found, there = str(error), False
     finally:
         subprocess.run([ip, "netns", "del", name], check=False, capture_output=True)
+        rundir.release()
     return _finding(
         "traffic gate", there, found, "traffic cannot be watched: nothing hibernates", needed=True
     )

@@ -54,8 +54,9 @@ def held() -> Iterator[None]:
 
 
 def release() -> bool:
-    """Takes the run directory away unless a container is managed; returns whether it did."""
-    with _lock(), contextlib.suppress(OSError):
+    """Takes the run directory away unless a daemon runs or a container is managed; whether it did."""
+    with _lock(), contextlib.suppress(OSError), paths.DAEMON_LOCK.open("a") as daemon:
+        fcntl.flock(daemon, fcntl.LOCK_EX | fcntl.LOCK_NB)
         paths.CONTAINERS.rmdir()  # Refused while a container's folder is in it.
         for place in _MOUNTED:
             if is_mount_point(place):

@@ -194,7 +194,7 @@ class ManagedContainer:
         netns = Path(f"/proc/{self.record.keeper}/ns/net")
         try:
             self.clock.place = await self._context.gates.join(
-                netns, self.record.owner, self._packets
+                netns, self.record.owner, self._packets, self.settings.scaledown_ns / 1e9
             )
         except ArchitectError as error:
             self.record.error = str(error)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
@@ -16,6 +17,7 @@ from typing import Final
 from architect.adapters.gate import OWNERS, Activity, Gate, GateError, Mode, Port, Use
 from architect.contract import paths
 from architect.contract.errors import ArchitectError
+from architect.decisions import rest
 
 _WITHDRAW_S: Final = 2.0
 """Seconds after a wake until the rules that queue packets are taken off its packets' way."""
@@ -98,6 +100,11 @@ class _Shared:
         self.wanted: dict[int, Callable[[], None]] = {}
         self._gates = gates
         self._withdrawal: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
+        self.scaledown_s: dict[int, float] = {}
+        self._packets: dict[int, int] = {}
+        self._counted = 0.0
+        self._look_in(rest.LOOK_S)
         asyncio.get_running_loop().add_reader(gate.fileno(), self._arrived)
 
     def _arrived(self) -> None:
@@ -121,17 +128,53 @@ class _Shared:
         with contextlib.suppress(GateError, OSError):
             self.gate.withdraw()
 
+    def _look_in(self, seconds: float) -> None:
+        self._look = asyncio.get_running_loop().call_later(seconds, self._look_at_packets)
+
+    def _look_at_packets(self) -> None:
+        """Has the filters rest while every owner is flooded with packets."""
+        resting = rest.rest_s(min(self.scaledown_s.values(), default=0.0))
+        delay = rest.LOOK_S
+        with contextlib.suppress(GateError, OSError):
+            if self.gate.resting:
+                self.gate.watch()
+                self._count()
+                delay = rest.window_s(resting) if resting else rest.LOOK_S
+            elif self._all_busy() and resting:
+                self._gates.in_thread(self._try_to_rest)
+                delay = resting
+        self._look_in(delay)
+
+    def _count(self) -> None:
+        self._counted = time.monotonic()
+        self._packets = {owner: self.gate.activity(owner).packets for owner in self.wanted}
+
+    def _all_busy(self) -> bool:
+        before, since = self._packets, self._counted
+        self._count()
+        seconds = self._counted - since
+        return all(
+            owner in before and rest.is_busy(now - before[owner], seconds)
+            for owner, now in self._packets.items()
+        )
+
+    def _try_to_rest(self) -> None:
+        with contextlib.suppress(GateError, OSError):
+            self.gate.rest()
+
     def leave(self, owner: int) -> None:
         if self.wanted.pop(owner, None) is None:
             return
+        self.scaledown_s.pop(owner, None)
         with contextlib.suppress(GateError, OSError):
             self.gate.drop_owner(owner)
         if not self.wanted:
             self._gates.forget(self)
 
     def deafen(self) -> None:
-        if self._withdrawal is not None:
-            self._withdrawal.cancel()
+        for timer in (self._withdrawal, self._look):
+            if timer is not None:
+                timer.cancel()
         with contextlib.suppress(GateError, OSError, ValueError):
             asyncio.get_running_loop().remove_reader(self.gate.fileno())
 
@@ -148,10 +191,13 @@ class Gates:
         self._lock = asyncio.Lock()
         self._behind: set[asyncio.Task[None]] = set()
 
-    async def join(self, netns: Path, owner: int, wanted: Callable[[], None]) -> Place:
+    async def join(
+        self, netns: Path, owner: int, wanted: Callable[[], None], scaledown_s: float
+    ) -> Place:
         """A place at the gate of ``netns``; the ``owner`` number of old, or a free one for -1.
 
-        ``wanted`` is called whenever packets for the owner's ports are held.
+        ``wanted`` is called whenever packets for the owner's ports are held. ``scaledown_s`` is the idle
+        time, in seconds, after which the owner hibernates.
 
         Raises:
             GateUnavailable: the kernel lacks a piece, or 16 containers are there already.
@@ -182,6 +228,7 @@ class Gates:
                     )
                 owner = free[0]
             shared.wanted[owner] = wanted
+            shared.scaledown_s[owner] = scaledown_s
             if fresh:
                 # Another container may have had the number, and have ended while no daemon ran.
                 shared.gate.drop_owner(owner)

@@ -63,6 +63,7 @@ def main() -> None:
         sys.exit(1)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve())
+    lock.close()
     rundir.release()
 
 
