@@ -255,6 +255,20 @@ def test_program_that_criu_cannot_take_runs_on(lab: Lab) -> None:
     assert container.events("CheckpointFailed")
 
 
+def test_container_whose_packets_cannot_be_held_stays_awake(lab: Lab) -> None:
+    # More ports than a gate has room for.
+    container = lab.subject("crowd", options=["--expose", "20000-21100"])
+    wait_until(lambda: container.events("Warning"), "the warning that there is no gate")
+    done = run("architect", "sleep", container.name)
+    assert done.code == 1
+    assert "packets for it cannot be held" in done.err
+    assert container.state() == "RUNNING"
+    client = Client.connect("127.0.0.1", container.host_port)
+    assert client.ask("still there") == "still there"
+    assert container.events("CheckpointFailed")
+    client.close()
+
+
 # ---- damaged checkpoints -----------------------------------------------------------------------
 
 

@@ -502,13 +502,14 @@ class Gate:
     def _put_filters(self) -> None:
         if not self._resting:
             return
+        # Even if it fails: the owners are then idle in time, and `repair` finds out before one is to hold.
+        self._resting = False
+        self._watched_ns = time.monotonic_ns()
         try:
             with netns.entered(self._netns):
                 self._repair_filters()
         except _CAUSES as error:
             raise GateError(f"gate {self._pins.name} cannot watch: {error}") from error
-        self._resting = False
-        self._watched_ns = time.monotonic_ns()
 
     @property
     def resting(self) -> bool:

@@ -333,13 +333,16 @@ class ManagedContainer:
     def _gate_hold(self) -> None:
         if self.clock.place is None:
             return
-        if self.state is State.SCALING_DOWN:
-            repaired = self.clock.place.repair()
+        try:
+            repaired = self.clock.place.repair() if self.state is State.SCALING_DOWN else []
             if repaired:
                 self._report.event(
                     "Warning", f"put back what was taken from its gate: {', '.join(repaired)}"
                 )
-        self.clock.place.hold()
+            self.clock.place.hold()
+        except GateError as error:
+            # A dump finds the gate open then, and is not begun.
+            self._report.event("Warning", f"{self.name}: {error}")
 
     def _gate_open(self) -> None:
         if self.clock.place is not None:
@@ -388,6 +391,12 @@ class ManagedContainer:
         try:
             if self._keeper is None or self.clock.cgroup is None:
                 raise KeeperError(what="no keeper", why="not attached", fix="restart architectd")
+            if self.clock.place is None or not self.clock.place.holds():
+                raise NotAsleep(
+                    what=f"{self.name} stays awake",
+                    why="packets for it cannot be held, and would be answered with resets",
+                    fix="see `architect events` for the reason",
+                )
             self._retire()
             self.record.quiet = []
             self.record.quiet = await subjects.other_ports(self.record, self.clock.cgroup)

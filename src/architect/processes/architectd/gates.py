@@ -66,6 +66,10 @@ class Place:
         """Packets wait from now on."""
         self._shared.gate.set_mode(self.owner, Mode.HOLD)
 
+    def holds(self) -> bool:
+        """Whether packets wait."""
+        return self._shared.gate.mode(self.owner) is Mode.HOLD
+
     def open(self) -> int:
         """Packets pass from now on, those that waited first; returns how many waited."""
         self._shared.gate.set_mode(self.owner, Mode.OPEN)
