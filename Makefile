@@ -13,6 +13,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 PYTHON := /usr/bin/python3
 VENV := build/venv/bin
 IMAGES := valkey test
+CLUSTER := PYTHONPATH=.:scripts $(PYTHON) -m tests.cluster
 # What the checkers look at; a folder appears here when its first file does.
 CHECKED := $(wildcard src scripts tests bench)
 
@@ -50,7 +51,23 @@ lint: setup-test ## ruff, mypy, import-linter
 setup: ## Debian packages and the Python environment that building and running take
 	@scripts/setup runtime build
 setup-test: ## The same, with what the tests take
-	@scripts/setup runtime build test
+	@scripts/setup runtime build test cluster
+
+.PHONY: setup-cluster
+setup-cluster: ## The same for building and running, with what the test cluster takes
+	@scripts/setup runtime build cluster
+
+.PHONY: cluster
+cluster: setup-cluster ## A real Kubernetes of three nodes on this machine; source .cluster/env
+	@$(CLUSTER) up $(UP)
+
+.PHONY: cluster-load
+cluster-load: ## Load IMAGE=archive.tar in all nodes of the cluster
+	@$(CLUSTER) load "$(if $(IMAGE),$(IMAGE),$(error say which: make cluster-load IMAGE=archive.tar))"
+
+.PHONY: cluster-down
+cluster-down: ## Take the cluster away, whatever state it is in
+	@$(CLUSTER) down
 
 .PHONY: native
 native: setup ## keeper, runc-architect, criu-hook and the eBPF object, in build/native
