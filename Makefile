@@ -27,7 +27,11 @@ demo: install image-valkey ## See a valkey vanish and come back
 
 .PHONY: test
 test: setup-test install images lint ## All checks and tests; real engines and guests included
-	$(VENV)/python -m pytest $(PYTEST)
+	$(VENV)/python -m pytest -m "not cluster" $(PYTEST)
+
+.PHONY: test-cluster
+test-cluster: setup-test setup-cluster ## Tests of the test cluster itself; its first build takes ten minutes
+	$(VENV)/python -m pytest -m cluster tests/cluster $(PYTEST)
 
 .PHONY: bench
 bench: setup-test install images ## Benchmarks, each with its peers; results in bench/results
@@ -51,7 +55,7 @@ lint: setup-test ## ruff, mypy, import-linter
 setup: ## Debian packages and the Python environment that building and running take
 	@scripts/setup runtime build
 setup-test: ## The same, with what the tests take
-	@scripts/setup runtime build test cluster
+	@scripts/setup runtime build test
 
 .PHONY: setup-cluster
 setup-cluster: ## The same for building and running, with what the test cluster takes

@@ -1,0 +1,144 @@
+"""The cluster's parts that need no cluster: archives, mount tables, keys of builds, messages."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster import build, cgroups, images, nodefiles, toolchain
+from tests.cluster.base import ClusterError, put, run, until
+from tests.cluster.settings import Handler, Options
+
+CONTROLLERS = frozenset({"cpu", "cpuacct", "memory", "pids"})
+
+
+def archive(path: Path, **files: Any) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            data = json.dumps(content).encode()
+            info = tarfile.TarInfo(name.replace("_json", ".json").replace("_", "-"))
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_a_docker_archives_names(tmp_path: Path) -> None:
+    made = archive(tmp_path / "a.tar", manifest_json=[{"RepoTags": ["localhost/a:1", "b:2"]}])
+    assert images.names(made) == ["localhost/a:1", "b:2"]
+
+
+def test_an_oci_archives_names(tmp_path: Path) -> None:
+    mark = {"annotations": {"io.containerd.image.name": "localhost/a:1"}}
+    made = archive(
+        tmp_path / "a.tar",
+        oci_layout={"imageLayoutVersion": "1.0.0"},
+        index_json={"manifests": [mark, {}]},
+        manifest_json=[{"RepoTags": ["localhost/other:1"]}],
+    )
+    assert images.names(made) == ["localhost/a:1"]
+
+
+def test_an_archive_without_a_name_is_refused(tmp_path: Path) -> None:
+    reference = {"annotations": {"org.opencontainers.image.ref.name": "localhost/a:1"}}
+    oci = archive(tmp_path / "a.tar", oci_layout={"v": 1}, index_json={"manifests": [reference]})
+    docker = archive(tmp_path / "b.tar", manifest_json=[{"RepoTags": None}])
+    for made in (oci, docker):
+        with pytest.raises(ClusterError, match=r"no image with a name.*docker-archive"):
+            images.names(made)
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no tar")
+    for name in ("text", "missing"):
+        with pytest.raises(ClusterError, match="is no image archive"):
+            images.names(tmp_path / name)
+
+
+def test_hierarchies_of_version_1() -> None:
+    table = (
+        "30 25 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n"
+        "31 30 0:27 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
+        "32 30 0:28 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n"
+        "33 30 0:29 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate\n"
+        "34 30 0:30 / /elsewhere/pids rw - cgroup cgroup rw,pids\n"
+    )
+    found = cgroups.parse(table, CONTROLLERS)
+    assert [(one.folder.name, one.kind, one.options) for one in found] == [
+        ("cpu,cpuacct", "cgroup", ("cpu", "cpuacct")),
+        ("systemd", "cgroup", ("name=systemd",)),
+        ("unified", "cgroup2", ()),
+    ]
+    assert not any(one.is_v2_alone for one in found)
+
+
+def test_the_hierarchy_of_version_2() -> None:
+    table = "30 25 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+    (one,) = cgroups.parse(table, CONTROLLERS)
+    assert one.is_v2_alone
+    script = nodefiles.init_script("k8n1", Path("/a b"), [one], {}, [])
+    assert "mount -t cgroup2 cgroup sys/fs/cgroup\n" in script
+    assert "tmpfs sys/fs/cgroup" not in script
+    assert "cd '/a b'\n" in script
+
+
+def test_every_part_has_its_pinned_modules() -> None:
+    for part in build.PARTS:
+        assert (part.source / "go.sum").exists(), part.name
+        assert part.key == part.key
+    assert len({part.key for part in build.PARTS}) == len(build.PARTS)
+
+
+def test_a_program_says_the_version_it_is_pinned_to() -> None:
+    kubernetes = next(part for part in build.PARTS if part.name == "kubernetes")
+    version = kubernetes.required("k8s.io/kubernetes")
+    assert f"gitVersion={version}" in kubernetes.link_flags()
+    with pytest.raises(ClusterError, match="does not require no/such"):
+        kubernetes.required("no/such")
+
+
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [
+        ("go version go1.26.8 linux/amd64", (1, 26)),
+        ("go version go1.19.8 linux/amd64", (1, 19)),
+        ("go version devel", (0, 0)),
+    ],
+)
+def test_the_version_of_a_go(said: str, version: tuple[int, int]) -> None:
+    assert toolchain.version(said) == version
+
+
+def test_options_survive_their_file() -> None:
+    given = Options(nodes=2, share=("/a",), handlers={"x": Handler("/b", ("c/*",))}, dns=False)
+    assert Options.from_json(json.loads(json.dumps(given.as_json()))) == given
+    assert Options.from_json({}) == Options()
+
+
+def test_a_runtime_handler_is_in_containerds_configuration() -> None:
+    text = nodefiles.containerd({"recorder": Handler("/usr/local/bin/r", ("a/*",))})
+    assert 'BinaryName = "/usr/local/bin/r"' in text
+    assert 'pod_annotations = ["a/*"]' in text
+    assert text.count("SystemdCgroup = false") == 2
+
+
+def test_errors_say_what_why_and_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match=r"'false' ended|'false': ended with 1: it said nothing"):
+        run("false")
+    with pytest.raises(ClusterError, match=r"not done after 0\.1 s"):
+        run("sleep", "9", timeout_s=0.1)
+    with pytest.raises(ClusterError, match="scripts/setup"):
+        run("no-such-program")
+    with pytest.raises(ClusterError, match="no such file"):
+        run("cat", stdin=tmp_path / "missing")
+    with pytest.raises(ClusterError, match=r"waiting for rain: not so after 0 s \(it is dry\); go"):
+        until("rain", lambda: False, 0.0, why=lambda: "it is dry", fix="go")
+
+
+def test_a_file_is_written_whole(tmp_path: Path) -> None:
+    put(tmp_path / "a/b", {"x": 1}, 0o600)
+    assert json.loads((tmp_path / "a/b").read_text()) == {"x": 1}
+    assert (tmp_path / "a/b").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
