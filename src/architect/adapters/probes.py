@@ -17,7 +17,7 @@ from typing import Final
 
 import msgspec
 
-from architect.adapters import criu, hot, rundir
+from architect.adapters import criu, hot, netns, rundir
 from architect.contract import paths
 from architect.contract.errors import ArchitectError
 
@@ -143,24 +143,26 @@ def _userfaultfd() -> Finding:
 
 def _network_gate() -> Finding:
     """Opens a gate in a scratch network namespace: eBPF, tc, mark, NFQUEUE, all at once."""
-    from architect.adapters.bpf import ensure_bpffs, has_tcx
+    from architect.adapters.bpf import BpfError, ensure_bpffs, has_tcx
     from architect.adapters.gate import Gate, GateError
+    from architect.adapters.netns import NetnsError
 
-    name = f"architect-check-{os.getpid()}"
-    ip = shutil.which("ip") or "/usr/sbin/ip"
-    subprocess.run([ip, "netns", "add", name], check=True, capture_output=True)
     pins = paths.BPF / f"check{os.getpid()}"
     try:
         with rundir.held():
             ensure_bpffs(paths.BPF)
-        gate = Gate.open(Path("/run/netns") / name, pins, paths.GATE_PROGRAM)
-        gate.close(remove=True)
+        # Without a name in /run/netns: the first one there is a mount that stays.
+        with netns.scratch():
+            own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                Gate.open(own, pins, paths.GATE_PROGRAM).close(remove=True)
+            finally:
+                os.close(own)
         way = "tcx" if has_tcx() else "tc clsact"
         found, there = f"eBPF, {way} and NFQUEUE hold packets", True
-    except (GateError, OSError) as error:
+    except (ArchitectError, BpfError, GateError, NetnsError, OSError) as error:
         found, there = str(error), False
     finally:
-        subprocess.run([ip, "netns", "del", name], check=False, capture_output=True)
         rundir.release()
     return _finding(
         "traffic gate", there, found, "traffic cannot be watched: nothing hibernates", needed=True
