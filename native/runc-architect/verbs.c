@@ -26,11 +26,13 @@
 #define MANAGED_ANNOTATION "architect.loopholelabs.io/managed-containers"
 #define KEEPER LIBEXEC_DIR "/keeper"
 #define ADMIT PREFIX_DIR "/venv/bin/architect-admit"
+/* A link to the runc of a distribution that keeps it elsewhere; architect-node makes it. */
+#define NODE_RUNC LIBEXEC_DIR "/runc"
 
 static const char *runc_path(void)
 {
-	static const char *const places[] = { "/usr/bin/runc", "/usr/sbin/runc", "/usr/local/bin/runc",
-					      "/usr/local/sbin/runc", NULL };
+	static const char *const places[] = { NODE_RUNC, "/usr/bin/runc", "/usr/sbin/runc",
+					      "/usr/local/bin/runc", "/usr/local/sbin/runc", NULL };
 
 	for (const char *const *place = places; *place; place++)
 		if (!access(*place, X_OK))

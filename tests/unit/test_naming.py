@@ -113,3 +113,29 @@ def test_a_lone_container_is_told_from_a_member_and_an_infra_container() -> None
 
 def test_reads_as_a_path() -> None:
     assert str(Identity("default", "pod", "app")) == "default/pod/app"
+
+
+@pytest.mark.parametrize(
+    ("annotations", "expected"),
+    [
+        ({}, None),
+        ({"io.kubernetes.cri.container-type": "container"}, None),
+        ({naming.KUBELET_RESTARTS: "0"}, []),
+        (
+            {naming.KUBELET_PORTS: '[{"name":"a","containerPort":80,"protocol":"TCP"}]'},
+            [("tcp", 80)],
+        ),
+        (
+            {
+                naming.KUBELET_RESTARTS: "3",
+                naming.KUBELET_PORTS: '[{"containerPort":53,"protocol":"UDP"},'
+                '{"containerPort":53},{"containerPort":9,"protocol":"SCTP"}]',
+            },
+            [("tcp", 53), ("udp", 53)],
+        ),
+    ],
+)
+def test_ports_that_the_kubelet_tells(
+    annotations: dict[str, str], expected: list[tuple[str, int]] | None
+) -> None:
+    assert naming.kubelet_ports(annotations) == expected

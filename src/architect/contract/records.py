@@ -33,6 +33,10 @@ class ContainerRecord(msgspec.Struct, kw_only=True):
     rootfs: str
     shared_ipc: bool
     """Its IPC namespace belongs to the pod, so not every object in it is the container's own."""
+    pod_uid: str = ""
+    """The pod's metadata.uid; empty outside Kubernetes."""
+    sandbox: str = ""
+    """Id of the pod's sandbox container; empty where the engine has told none."""
     keeper: int = 0
     owner: int = -1
     """Its number at the gate of its network namespace; -1 before the gate knows it."""

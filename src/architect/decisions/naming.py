@@ -13,6 +13,7 @@ not.
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,12 @@ CRI_CONTAINER_TYPE = "io.kubernetes.cri.container-type"
 CRI_CONTAINER_NAME = "io.kubernetes.cri.container-name"
 CRI_SANDBOX_NAME = "io.kubernetes.cri.sandbox-name"
 CRI_SANDBOX_NAMESPACE = "io.kubernetes.cri.sandbox-namespace"
+CRI_SANDBOX_ID = "io.kubernetes.cri.sandbox-id"
+CRI_SANDBOX_UID = "io.kubernetes.cri.sandbox-uid"
+KUBELET_PORTS = "io.kubernetes.container.ports"
+KUBELET_RESTARTS = "io.kubernetes.container.restartCount"
+"""Two of the kubelet's own annotations on a container: what its manifest declares, as JSON, absent where
+it declares none; and one that is always there, if the handler's ``container_annotations`` let them by."""
 CRIO_CONTAINER_TYPE = "io.kubernetes.cri-o.ContainerType"
 CRIO_SANDBOX_ID = "io.kubernetes.cri-o.SandboxID"
 CONTAINER_MANAGER = "io.container.manager"
@@ -74,6 +81,22 @@ def lone_container(annotations: Mapping[str, str], engine_name: str | None) -> s
     ):
         return None
     return engine_name
+
+
+def kubelet_ports(annotations: Mapping[str, str]) -> list[tuple[str, int]] | None:
+    """The ports (protocol, number) that a pod's manifest declares for this container.
+
+    None if the engine has not passed the kubelet's annotations on. SCTP is left out: no SCTP
+    association survives a checkpoint, so its packets neither wake nor count.
+    """
+    if KUBELET_RESTARTS not in annotations and KUBELET_PORTS not in annotations:
+        return None
+    found = set()
+    for port in json.loads(annotations.get(KUBELET_PORTS, "[]")):
+        protocol = port.get("protocol", "TCP").lower()
+        if protocol in ("tcp", "udp"):
+            found.add((protocol, int(port["containerPort"])))
+    return sorted(found)
 
 
 def resolve(

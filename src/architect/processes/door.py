@@ -20,7 +20,7 @@ from architect.contract import oci, paths
 from architect.contract.annotations import PREFIX
 from architect.contract.errors import ArchitectError
 from architect.contract.records import ContainerRecord
-from architect.decisions import admission
+from architect.decisions import admission, naming
 
 
 class BadBundle(ArchitectError):
@@ -50,7 +50,8 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
     if isinstance(answer, admission.Unmanaged):
         return Answer(None, answer.warnings)
     rootfs = Path(bundle) / oci.root_path(spec)
-    ours = {key: value for key, value in oci.annotations(spec).items() if key.startswith(PREFIX)}
+    annotations = oci.annotations(spec)
+    ours = {key: value for key, value in annotations.items() if key.startswith(PREFIX)}
     record = ContainerRecord(
         id=container,
         namespace=answer.identity.namespace,
@@ -63,6 +64,9 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
         rootfs=str(rootfs),
         since=time.time(),
         shared_ipc=oci.namespaces(spec).get("ipc") is not None,
+        pod_uid=annotations.get(naming.CRI_SANDBOX_UID, ""),
+        sandbox=annotations.get(naming.CRI_SANDBOX_ID, ""),
+        ports=naming.kubelet_ports(annotations),
     )
     try:
         fresh = config.with_name("config.json.architect")

@@ -79,6 +79,12 @@ async def declared_ports(record: ContainerRecord, group: Cgroup) -> list[tuple[s
     Raises:
         ArchitectError: the engine cannot be asked.
     """
+    if not record.engine:
+        raise ArchitectError(
+            what=f"{record.pod}/{record.container} stays awake",
+            why="its declared ports are unknown: the kubelet's annotations do not reach the runtime",
+            fix='give containerd\'s runtime handler container_annotations ["io.kubernetes.container.*"]',
+        )
     ports = await podman.declared_ports(record.engine, record.id)
     if record.pod == record.container:
         return ports
