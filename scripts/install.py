@@ -171,10 +171,13 @@ def _restart_containerd(program: str) -> None:
 
 
 def _daemons() -> list[int]:
-    """Processes that run the installed architectd."""
+    """Processes that run the installed architectd; those of machines made of namespaces are theirs."""
     found = []
+    here = os.readlink("/proc/self/ns/mnt")
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
+            if os.readlink(folder / "ns/mnt") != here:
+                continue
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
             paths = [os.path.realpath(word) for word in words[:2] if word.startswith("/")]
             ours = any(Path(path).is_relative_to(PREFIX / "venv") for path in paths)

@@ -22,7 +22,7 @@ static const struct {
 } table[] = {
 	{ "create", verb_create }, { "start", verb_start },   { "exec", verb_exec },
 	{ "state", verb_state },   { "kill", verb_kill },     { "delete", verb_delete },
-	{ "pause", verb_pause },   { "resume", verb_resume },
+	{ "pause", verb_pause },   { "resume", verb_resume }, { "update", verb_update },
 };
 
 int main(int argc, char **argv)

@@ -301,6 +301,22 @@ int verb_resume(const struct command *command)
 	become_runc(command);
 }
 
+/* Changes the cgroup's limits, which a hibernated container has too: runc then takes the keeper for its
+ * init. It writes its whole state back, with the init that it had read; the daemon sees to it that this is
+ * still the right one.
+ */
+int verb_update(const struct command *command)
+{
+	int keeper = keeper_connect(command->id), code;
+
+	if (keeper < 0)
+		become_runc(command);
+	close(keeper);
+	code = run_runc(command);
+	tell("updated", command->id, 0);
+	return code;
+}
+
 /* Prints runc's own answer with the keeper's pid in the place of the init's. */
 static int print_running_state(const struct command *command, int keeper_pid)
 {

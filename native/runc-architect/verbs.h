@@ -13,6 +13,7 @@ int verb_kill(const struct command *command);
 int verb_delete(const struct command *command);
 int verb_pause(const struct command *command);
 int verb_resume(const struct command *command);
+int verb_update(const struct command *command);
 
 /* Replaces this process by runc with the same arguments. */
 _Noreturn void become_runc(const struct command *command);

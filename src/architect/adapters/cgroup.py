@@ -6,7 +6,8 @@ Called by the daemon. The cgroup is found from the keeper, which stays in it for
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -103,6 +104,26 @@ class Cgroup:
                     lifted[str(file)] = now
         return lifted
 
+    def limits(self) -> list[tuple[str, str]]:
+        """What a pod's resize changes (file, value), of the pod's cgroup and then of the container's.
+
+        A Kubernetes pod's cgroup is its containers' parent (kubelet, cgroup drivers).
+        """
+        if self.unified:
+            wanted = [(self.cpu, ("cpu.max", "cpu.weight")), (self.memory, ("memory.max",))]
+        else:
+            wanted = [
+                (self.cpu, ("cpu.cfs_quota_us", "cpu.shares")),
+                (self.memory, ("memory.limit_in_bytes",)),
+            ]
+        found = []
+        for level in (lambda folder: folder.parent, lambda folder: folder):
+            for folder, names in wanted:
+                for file in (level(folder) / name for name in names):
+                    with contextlib.suppress(OSError):
+                        found.append((str(file), file.read_text().strip()))
+        return found
+
 
 def _no_quota(now: str) -> str | None:
     quota, period = now.split()
@@ -112,6 +133,41 @@ def _no_quota(now: str) -> str | None:
 def _more(now: str) -> str | None:
     # Values near 2**63 are v1's way to say "no limit".
     return None if now == "max" or int(now) > 1 << 60 else str(int(now) + _RESTORE_HEADROOM)
+
+
+def leave(pid: int) -> None:
+    """Moves a process to the root of every hierarchy, as far as the kernel allows.
+
+    For work that must outlive its starter's service or pod, whose end kills whatever is in its cgroup,
+    and that must not be charged to its memory limit.
+    """
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        controllers = line.split(":", 2)[1].removeprefix("name=")
+        hybrid = _ROOT / "unified"
+        root = _ROOT / controllers if controllers else hybrid if hybrid.is_dir() else _ROOT
+        with contextlib.suppress(OSError):
+            (root / "cgroup.procs").write_text(str(pid))
+
+
+def raise_limits(limits: Sequence[tuple[str, str]]) -> None:
+    """Brings what :meth:`Cgroup.limits` found back to where it was, unless it is higher by now.
+
+    In this order, outermost first: a cgroup's limit may not exceed its parent's.
+    """
+    for name, value in limits:
+        file = Path(name)
+        with contextlib.suppress(OSError, ValueError):
+            now = file.read_text().strip()
+            if _amount(now) < _amount(value):
+                file.write_text(value)
+
+
+def _amount(value: str) -> float:
+    """A limit's size: "max" and v1's negative quota are without limit; of "QUOTA PERIOD" the ratio."""
+    quota, _, period = value.partition(" ")
+    if quota == "max" or quota.startswith("-"):
+        return math.inf
+    return int(quota) / int(period or 1)
 
 
 def return_limits(lifted: Mapping[str, str]) -> None:

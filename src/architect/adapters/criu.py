@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from architect.adapters import cgroup
 from architect.contract import paths
 from architect.contract.errors import ArchitectError
 
@@ -202,6 +203,8 @@ async def run(words: Sequence[str], environment: Mapping[str, str], pid_file: Pa
         start_new_session=True,
     )
     _shield(process.pid)
+    with contextlib.suppress(OSError):
+        cgroup.leave(process.pid)
     pid_file.write_text(str(process.pid))
     status = await process.wait()
     pid_file.unlink(missing_ok=True)

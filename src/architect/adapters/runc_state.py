@@ -1,7 +1,8 @@
 """Points runc's state.json to a restored init, so that runc exec, kill, ps and update reach it.
 
-Called by the daemon after each wake. runc has no command for this; the format is its libcontainer
-state, of which only the init's pid, its start time and the namespace paths name the process.
+Called by the daemon after each wake, and after each hibernation, when the keeper stands in for the init so
+that limits can be updated. runc has no command for this; the format is its libcontainer state, of which
+only the init's pid, its start time and the namespace paths name the process.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ def start_time(pid: int) -> int:
     return int(stat.rpartition(")")[2].split()[19])
 
 
-def point_to(runtime_root: str, container: str, init: int) -> None:
+def point_to(runtime_root: str, container: str, init: int, *, enterable: bool = True) -> None:
     """Rewrites the state file, atomically.
+
+    A process that is not ``enterable`` stands in for the init where only its being alive counts: the
+    namespaces stay those of the init that is gone, so that nobody can enter the stand-in's, the host's.
 
     Raises:
         OSError: the runtime has no such container, or the init has ended.
@@ -29,7 +33,7 @@ def point_to(runtime_root: str, container: str, init: int) -> None:
     state["init_process_start"] = start_time(init)
     spaces = state["namespace_paths"]
     for kind, path in spaces.items():
-        if path.startswith("/proc/"):
+        if enterable and path.startswith("/proc/"):
             spaces[kind] = f"/proc/{init}/{path.split('/', 3)[3]}"
     fresh = file.with_suffix(".new")
     fresh.write_text(json.dumps(state, separators=(",", ":")))

@@ -7,10 +7,10 @@ checkpoint. Called by the daemon after a dump, at its start, and before it tries
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +18,7 @@ _CLONE_NEWIPC: Final = 0x08000000
 _IPC_RMID: Final = 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def _inside(pid: int) -> Iterator[ctypes.CDLL]:
     """In the IPC namespace of ``pid``, with the calling thread only (setns(2))."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -46,6 +46,22 @@ def objects(pid: int) -> int:
     """How many objects the IPC namespace of ``pid`` has."""
     with _inside(pid):
         return sum(len(_ids(kind)) for kind in ("shm", "sem", "msg"))
+
+
+def neighbours(pid: int, own: Collection[int], sandbox: str) -> list[int]:
+    """Processes of the same IPC namespace that are neither ``own`` nor the pod's sandbox container.
+
+    The sandbox is known by its id, which is part of its cgroup's name; it makes no objects.
+    """
+    namespace = Path(f"/proc/{pid}/ns/ipc").readlink()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (folder / "ns/ipc").readlink() != namespace or int(folder.name) in own:
+                continue
+            if not sandbox or sandbox not in (folder / "cgroup").read_text():
+                found.append(int(folder.name))
+    return found
 
 
 def remove_all(pid: int) -> int:

@@ -15,6 +15,8 @@ HOT: Final = RUN / "hot"
 """A tmpfs with CRIU, its loader and libraries: a wake must not wait for the disk to find them."""
 KERNEL_CACHE: Final = HOT / "criu.kdat"
 """What CRIU has found out about the kernel: native/criu-compat/criu-compat.c has it read from here."""
+REMOVED: Final = RUN / "removed"
+"""There once architectd has woken everything because it is being removed from a cluster's node."""
 STATE: Final = Path("/var/lib/architect")
 DAEMON_LOCK: Final = STATE / "architectd.lock"
 """Held by the one daemon of the machine."""

@@ -32,7 +32,9 @@ class ContainerRecord(msgspec.Struct, kw_only=True):
     """Command that reaches the engine that made it, with its global flags; empty if unknown."""
     rootfs: str
     shared_ipc: bool
-    """Its IPC namespace belongs to the pod, so not every object in it is the container's own."""
+    """Its IPC namespace belongs to the pod, so not every object in it need be the container's own."""
+    own_ipc: bool = False
+    """As of its last dump, every System V IPC object there was its own, and is in the checkpoint."""
     pod_uid: str = ""
     """The pod's metadata.uid; empty outside Kubernetes."""
     sandbox: str = ""
@@ -61,6 +63,11 @@ class ContainerRecord(msgspec.Struct, kw_only=True):
     last_scale_up_ms: float | None = None
     lifted: dict[str, str] = {}
     """Cgroup limits lifted for a wake (file, value to return); must not outlive it."""
+    limits: list[tuple[str, str]] = []
+    """Cgroup files of its pod and itself (path, value) as of its last hibernation, outermost first.
+
+    The kubelet lowers them when the pod's requests are given back; a wake raises them again by itself.
+    """
     error: str | None = None
 
 

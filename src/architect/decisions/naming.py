@@ -83,6 +83,11 @@ def lone_container(annotations: Mapping[str, str], engine_name: str | None) -> s
     return engine_name
 
 
+def sandbox_id(annotations: Mapping[str, str]) -> str:
+    """Id of the pod's pause or infra container; empty if the engine does not tell or there is none."""
+    return annotations.get(CRI_SANDBOX_ID) or annotations.get(CRIO_SANDBOX_ID, "")
+
+
 def kubelet_ports(annotations: Mapping[str, str]) -> list[tuple[str, int]] | None:
     """The ports (protocol, number) that a pod's manifest declares for this container.
 

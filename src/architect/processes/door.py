@@ -17,7 +17,7 @@ import msgspec
 
 from architect.adapters import podman, rundir
 from architect.contract import oci, paths
-from architect.contract.annotations import PREFIX
+from architect.contract.annotations import USER_ANNOTATIONS
 from architect.contract.errors import ArchitectError
 from architect.contract.records import ContainerRecord
 from architect.decisions import admission, naming
@@ -51,7 +51,7 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
         return Answer(None, answer.warnings)
     rootfs = Path(bundle) / oci.root_path(spec)
     annotations = oci.annotations(spec)
-    ours = {key: value for key, value in annotations.items() if key.startswith(PREFIX)}
+    ours = {key: value for key, value in annotations.items() if key in USER_ANNOTATIONS}
     record = ContainerRecord(
         id=container,
         namespace=answer.identity.namespace,
@@ -65,7 +65,7 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
         since=time.time(),
         shared_ipc=oci.namespaces(spec).get("ipc") is not None,
         pod_uid=annotations.get(naming.CRI_SANDBOX_UID, ""),
-        sandbox=annotations.get(naming.CRI_SANDBOX_ID, ""),
+        sandbox=naming.sandbox_id(annotations),
         ports=naming.kubelet_ports(annotations),
     )
     try:

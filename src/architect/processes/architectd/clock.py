@@ -39,8 +39,8 @@ class IdleClock:
         self.place: Place | None = None
         self.cgroup: cgroup.Cgroup | None = None
         self.init = 0
+        self.settings = settings
         self._record = record
-        self._settings = settings
         self._expired = expired
         self._timer: asyncio.TimerHandle | None = None
         self._touched = 0
@@ -53,11 +53,12 @@ class IdleClock:
         """Lets it run; the first look comes after a whole scaledown duration unless said otherwise."""
         self.stop()
         if first_look_s is None:
-            first_look_s = self._settings.scaledown_ns / _SECOND_NS
+            first_look_s = self.settings.scaledown_ns / _SECOND_NS
             if self.failures:
                 backoff = _BACKOFF_S * 2.0 ** (self.failures - 1)
                 first_look_s = max(first_look_s, min(backoff, _LONGEST_BACKOFF_S))
-        if self._settings.autoscaledown and self._record.ports is not None:
+        wanted = self.settings.managed and self.settings.autoscaledown
+        if wanted and self._record.ports is not None:
             self._timer = asyncio.get_running_loop().call_later(first_look_s, self._look)
 
     def stop(self) -> None:
@@ -92,7 +93,7 @@ class IdleClock:
             idle.Observed(
                 now=now,
                 last_activity=self._last_activity(),
-                scaledown=self._settings.scaledown_ns,
+                scaledown=self.settings.scaledown_ns,
                 not_before=self._not_before(now),
                 sessions=self.sessions(),
                 connections=self._connections(),
@@ -107,7 +108,7 @@ class IdleClock:
 
     def _not_before(self, now: int) -> int:
         """When the initial delay is over, on the clock of ``now``."""
-        delay = self._settings.initial_delay_ns
+        delay = self.settings.initial_delay_ns
         if not delay:
             return 0
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - self._record.first_started
@@ -115,7 +116,7 @@ class IdleClock:
 
     def _connections(self) -> int:
         """Open connections, where they keep the container awake."""
-        if self._settings.monitor is not Monitor.CONNECTIONS:
+        if self.settings.monitor is not Monitor.CONNECTIONS:
             return 0
         ports = {number for protocol, number in self._record.ports or () if protocol == "tcp"}
-        return listeners.established(self._record.keeper, ports - self._settings.ignored_ports)
+        return listeners.established(self._record.keeper, ports - self.settings.ignored_ports)

@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from architect.adapters.gate import GateError
 from architect.adapters.keeper import Keeper, KeeperError, KeeperStatus, PagerState
 from architect.adapters.store import Store
 from architect.contract import paths
-from architect.contract.annotations import ContainerSettings, Monitor
+from architect.contract.annotations import MANAGED_CONTAINERS, ContainerSettings
 from architect.contract.errors import ArchitectError
 from architect.contract.records import ContainerRecord, Row
 from architect.contract.states import Action, Happening, State
@@ -32,6 +32,7 @@ from architect.processes.architectd.clock import IdleClock
 from architect.processes.architectd.context import Context
 from architect.processes.architectd.reporter import Reporter
 from architect.processes.architectd.subject import NotAsleep
+from architect.processes.architectd.traffic import Traffic
 from architect.processes.architectd.waiters import AWAKE, Waiters
 
 _RETRY_S: Final = 10.0
@@ -41,8 +42,6 @@ _SIGNAL_FAILED: Final = ("hibernated", "restoring", State.SCALED_DOWN)
 _RECLAIMS: Final = 3
 _RECLAIM_S: Final = 0.7
 """How often, and how many seconds apart, a hibernated container's cgroup is emptied."""
-_ENGINE_RETRY_S: Final = 0.5
-"""Seconds until an engine that gave no answer is asked again; doubled each time."""
 
 
 class ManagedContainer:
@@ -61,6 +60,7 @@ class ManagedContainer:
         self._keeper: Keeper | None = None
         self._hook: criu.DumpHook | None = None
         self._report = Reporter(record, context.events)
+        self._traffic = Traffic(record, settings, context.gates, self.clock, self._report)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiters = Waiters()
@@ -90,6 +90,7 @@ class ManagedContainer:
             if self.state not in (State.ENDED, State.SCALING_UP):
                 self.save()  # Not on the way of a wake, which changes nothing that is recorded.
             self._waiters.settle(self.state, self.name, self._failure, self._why)
+            self._context.changed(self.record.pod_uid)
 
     async def wake(self, why: str) -> None:
         """Returns when the program runs.
@@ -116,6 +117,12 @@ class ManagedContainer:
             raise NotAsleep(what=f"{self.name} stays", why="it is paused", fix="unpause it first")
         while self.state is State.FILLING:
             await self._waiters.change()
+        if not self.settings.managed:
+            raise NotAsleep(
+                what=f"{self.name} stays awake",
+                why="its pod's annotations no longer list it",
+                fix=f"add it to {MANAGED_CONTAINERS}",
+            )
         if self.state is State.RUNNING:
             sessions = self.clock.sessions()
             if sessions:
@@ -185,28 +192,10 @@ class ManagedContainer:
         self.clock.cgroup = cgroup.Cgroup.of(status.keeper)
         cgroup.return_limits(self.record.lifted)
         self.record.lifted = {}
-        await self._join_gate()
+        await self._traffic.join(self._packets)
         self._keeper.watch(self._news)
         self.save()
         return status
-
-    async def _join_gate(self) -> None:
-        netns = Path(f"/proc/{self.record.keeper}/ns/net")
-        try:
-            self.clock.place = await self._context.gates.join(
-                netns, self.record.owner, self._packets, self.settings.scaledown_ns / 1e9
-            )
-        except ArchitectError as error:
-            self.record.error = str(error)
-            self._report.event("Warning", str(error))
-            return
-        self.record.owner = self.clock.place.owner
-        self._set_ports()
-
-    def _set_ports(self) -> None:
-        if self.clock.place is not None:
-            ports = self.record.ports or []
-            self.clock.place.set_ports(ports, self.settings.ignored_ports, self.record.quiet)
 
     def started(self) -> None:
         """The engine has started the program."""
@@ -214,6 +203,8 @@ class ManagedContainer:
             self.record.first_started = time.clock_gettime(time.CLOCK_BOOTTIME)
         self.clock.touch()
         self.happen(Happening.STARTED)
+        if self.record.ports == []:
+            self._traffic.warn_of_no_ports()
         self.begin_clock()
 
     def begin_clock(self) -> None:
@@ -233,9 +224,9 @@ class ManagedContainer:
         self.clock.touch()
         if self.clock.place is not None:
             if state in (State.SCALED_DOWN, State.STRANDED):
-                self._gate_sleep()
+                self._traffic.sleep()
             else:
-                self.clock.place.open()
+                self._traffic.open()
         if state is State.SCALED_DOWN:
             self._remove_ipc()
             self._checkpoint_bytes = self._store.size()
@@ -247,6 +238,60 @@ class ManagedContainer:
         self.save()
         if state is not State.CREATED:
             self.begin_clock()
+        if not self.settings.managed:
+            self._task(self._release())
+
+    def follow(self, annotations: Mapping[str, str], settings: ContainerSettings) -> None:
+        """Its pod's annotations are others: they hold from now on, without a restart.
+
+        One that is no longer managed is woken first, and its checkpoint is deleted.
+        """
+        was, self.settings, self.clock.settings = self.settings, settings, settings
+        self.record.annotations = dict(annotations)
+        self.save()
+        if settings == was:
+            return
+        if not settings.managed:
+            self._task(self._release())
+        elif not was.managed:
+            self._task(self._take_back())
+        else:
+            self._follow_traffic()
+
+    def _follow_traffic(self) -> None:
+        try:
+            self._traffic.follow(self.settings)
+        except GateError as error:
+            self._report.event("Warning", f"{self.name}: {error}")
+        if self.state in (State.SCALED_DOWN, State.STRANDED):
+            self._traffic.sleep()
+        elif self.state is State.RUNNING:
+            self.clock.start(0.0)
+
+    async def _release(self) -> None:
+        """It is no longer managed: runs from now on as under runc, though its keeper stays."""
+        self.clock.stop()
+        try:
+            await self.wake("no longer managed")
+        except ArchitectError as error:
+            self._report.event("Warning", f"{error}; it is woken by the next packet or exec")
+            return
+        while self.state is State.FILLING:
+            await self._waiters.change()
+        if not self.settings.managed:
+            self.clock.stop()
+            self._traffic.leave()
+            self.save()
+            self._context.changed(self.record.pod_uid)
+
+    async def _take_back(self) -> None:
+        """It is managed again."""
+        if self.clock.place is None:
+            await self._traffic.join(self._packets)
+        self.clock.touch()
+        self._follow_traffic()
+        self.save()
+        self._context.changed(self.record.pod_uid)
 
     async def order(self, words: str) -> KeeperStatus:
         """Passes an order to the keeper, for the daemon's start only.
@@ -277,9 +322,7 @@ class ManagedContainer:
             self._hook = None
         if self._keeper is not None:
             self._keeper.close()
-        if self.clock.place is not None:
-            self.clock.place.leave()
-            self.clock.place = None
+        self._traffic.leave()
         mounts.release(self._run / "mnt")
         self._store.drop()
         for name in os.listdir(self._run) if self._run.exists() else ():
@@ -293,11 +336,11 @@ class ManagedContainer:
     def _do(self, action: Action) -> None:
         match action:
             case Action.GATE_HOLD:
-                self._gate_hold()
+                self._traffic.hold(repair=self.state is State.SCALING_DOWN)
             case Action.GATE_OPEN:
-                self._gate_open()
+                self._traffic.open()
             case Action.GATE_SLEEP:
-                self._gate_sleep()
+                self._traffic.sleep()
             case Action.START_DUMP:
                 self._began = time.monotonic()
                 self._task(self._dump())
@@ -330,32 +373,6 @@ class ManagedContainer:
             case _:
                 self._tell(action)
 
-    def _gate_hold(self) -> None:
-        if self.clock.place is None:
-            return
-        try:
-            repaired = self.clock.place.repair() if self.state is State.SCALING_DOWN else []
-            if repaired:
-                self._report.event(
-                    "Warning", f"put back what was taken from its gate: {', '.join(repaired)}"
-                )
-            self.clock.place.hold()
-        except GateError as error:
-            # A dump finds the gate open then, and is not begun.
-            self._report.event("Warning", f"{self.name}: {error}")
-
-    def _gate_open(self) -> None:
-        if self.clock.place is not None:
-            self.clock.place.open()
-
-    def _gate_sleep(self) -> None:
-        if self.clock.place is None:
-            return
-        if self.settings.monitor is Monitor.NONE:
-            self.clock.place.drop()
-        else:
-            self.clock.place.hold()
-
     def _packets(self) -> None:
         """Packets for its ports are held."""
         self._why = "packet"
@@ -373,13 +390,22 @@ class ManagedContainer:
             or self.clock.place.activity().held > 0
         )
 
-    def _mend_runtime(self) -> None:
+    def _mend_runtime(self, *, asleep: bool = False) -> None:
+        root, container = self.record.runtime_root, self.record.id
+        init = self.record.keeper if asleep else self.clock.init
         try:
-            runc_state.point_to(self.record.runtime_root, self.record.id, self.clock.init)
+            runc_state.point_to(root, container, init, enterable=not asleep)
         except (OSError, ValueError, KeyError) as error:
             self._report.event(
                 "Warning", f"runc does not know the new init, exec will fail: {error}"
             )
+
+    def updated(self) -> None:
+        """runc has changed its limits, and written back the init that it had read before."""
+        if self.state in AWAKE:
+            self._mend_runtime()
+        elif self.state in (State.SCALED_DOWN, State.STRANDED):
+            self._mend_runtime(asleep=True)
 
     # ---- hibernation -----------------------------------------------------------------------------------
 
@@ -400,7 +426,7 @@ class ManagedContainer:
             self._retire()
             self.record.quiet = []
             self.record.quiet = await subjects.other_ports(self.record, self.clock.cgroup)
-            self._set_ports()
+            self._traffic.set_ports()
             subject = await subjects.prepare(
                 self.record, self._run, self.clock.init, self.clock.cgroup
             )
@@ -446,13 +472,14 @@ class ManagedContainer:
             return  # Its end arrives by the watch.
         if found.phase == "hibernated":
             self._remove_ipc()
+            self._mend_runtime(asleep=True)
             self.happen(Happening.DUMPED)
         else:
             self.happen(Happening.DUMP_FAILED)
 
     def _remove_ipc(self) -> None:
-        """Whatever is left in the container's own IPC namespace is in the checkpoint too."""
-        if self.record.shared_ipc is False:
+        """Whatever is left of its own in the IPC namespace is in the checkpoint too."""
+        if self.record.own_ipc:
             with contextlib.suppress(OSError):
                 sysvipc.remove_all(self.record.keeper)
 
@@ -522,6 +549,7 @@ class ManagedContainer:
                 self._unfit = False
                 self._remove_ipc()
             if self.clock.cgroup is not None:
+                cgroup.raise_limits(self.record.limits)
                 self.record.lifted = self.clock.cgroup.lift_limits()
                 if self.record.lifted:
                     self.save()
@@ -620,31 +648,9 @@ class ManagedContainer:
         self.happen(Happening.IDLE)
 
     async def _learn_ports(self) -> None:
-        """Asks the engine for the declared ports; tries again until it answers."""
-        delay = _ENGINE_RETRY_S
-        while self.record.ports is None and self.clock.cgroup is not None:
-            try:
-                ports = await subjects.declared_ports(self.record, self.clock.cgroup)
-                self.record.ports = ports
-            except (ArchitectError, OSError) as error:
-                self._report.log("ports unknown", error=str(error))
-                await asyncio.sleep(delay)
-                delay = min(delay * 2, _RETRY_S)
-        if self.record.ports is None:
+        if self.clock.cgroup is None:
             return
-        if self.clock.place is not None:
-            try:
-                self._set_ports()
-            except GateError as error:
-                self.record.error = str(error)
-                self._report.event("Warning", f"{self.name}: {error}; the container stays awake")
-                self.clock.place.leave()
-                self.clock.place = None
-        if not self.record.ports and self.settings.monitor is not Monitor.NONE:
-            self._report.event(
-                "Warning",
-                f"{self.name} declares no ports, so no traffic wakes it; publish or expose the ports",
-            )
+        await self._traffic.learn_ports(self.clock.cgroup)
         self.save()
         if self.state is State.RUNNING:
             self.clock.start(0.0)
@@ -655,6 +661,8 @@ class ManagedContainer:
         match action:
             case Action.REPORT_DOWN:
                 self.clock.failures = 0
+                if self.record.pod_uid and self.clock.cgroup is not None:
+                    self.record.limits = self.clock.cgroup.limits()
                 self.record.last_scale_down_ms = _since(self._began)
                 self._report.down(self._why, self._checkpoint_bytes)
             case Action.REPORT_UP:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from architect.adapters.events import EventLog
+from architect.contract.annotations import DEFAULTS, Defaults
 from architect.processes.architectd.gates import Gates
 
 
@@ -16,3 +18,13 @@ class Context:
     events: EventLog
     criu_version: str
     """Written into each checkpoint."""
+    defaults: Defaults = DEFAULTS
+    """What holds where annotations are silent."""
+    followers: list[Callable[[str], None]] = field(default_factory=list)
+    """Told the uid of a pod whenever what is true of one of its containers may have changed."""
+
+    def changed(self, pod_uid: str) -> None:
+        """Tells the followers. They must not block: a wake may be on its way."""
+        if pod_uid:
+            for follower in self.followers:
+                follower(pod_uid)

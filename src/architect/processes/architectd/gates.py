@@ -86,6 +86,10 @@ class Place:
         """What its ports have seen."""
         return self._shared.gate.activity(self.owner)
 
+    def set_scaledown(self, scaledown_s: float) -> None:
+        """The idle time, in seconds, after which the owner hibernates, is another one now."""
+        self._shared.scaledown_s[self.owner] = scaledown_s
+
     def repair(self) -> list[str]:
         """Puts back what somebody took away from the gate; says what that was."""
         return self._shared.gate.repair()

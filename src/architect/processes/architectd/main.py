@@ -1,49 +1,110 @@
-"""architectd: program. Started by `architect up` (or its systemd unit), one on a machine."""
+"""architectd: program. Started by `architect up` (or its systemd unit), one on a machine.
+
+In a cluster `architect-node run` starts it, with the credentials and the chart's values as arguments.
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import contextlib
 import fcntl
 import gc
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from architect.adapters import hot, rundir
 from architect.adapters.bpf import ensure_bpffs
 from architect.adapters.events import EventLog
 from architect.adapters.gate import GateError
-from architect.contract import paths
-from architect.contract.errors import ArchitectError
+from architect.contract import durations, paths
+from architect.contract.annotations import DEFAULTS, MINIMUM_SCALEDOWN_NS, Defaults, Monitor
+from architect.contract.errors import ArchitectError, InvalidDuration
 from architect.processes.architectd.context import Context
 from architect.processes.architectd.gates import Gates
 from architect.processes.architectd.registry import Registry
 from architect.processes.architectd.server import Server
 
 
-async def serve() -> None:
-    """Runs until SIGTERM or SIGINT. Nothing is woken and nothing is lost by either."""
+def _duration(text: str) -> int:
+    try:
+        return durations.parse(text)
+    except InvalidDuration as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _arguments(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="architectd", description=__doc__)
+    parser.add_argument(
+        "--kubernetes",
+        type=Path,
+        metavar="DIRECTORY",
+        help="take part in a cluster, with the service account in this directory",
+    )
+    parser.add_argument("--node", default="", help="this node's name in the cluster")
+    parser.add_argument(
+        "--default-scaledown-duration",
+        type=_duration,
+        default=DEFAULTS.scaledown_ns,
+        metavar="DURATION",
+        help="idle time of containers whose pod does not say (Go duration, default 60s)",
+    )
+    parser.add_argument(
+        "--default-network-monitor",
+        choices=[one.value for one in Monitor],
+        default=DEFAULTS.monitor.value,
+        help="network-monitor of containers whose pod does not say (default none)",
+    )
+    found = parser.parse_args(words)
+    if found.kubernetes is not None and not found.node:
+        parser.error("--kubernetes needs --node")
+    if found.default_scaledown_duration < MINIMUM_SCALEDOWN_NS:
+        parser.error("--default-scaledown-duration: at least 1s")
+    return found
+
+
+async def serve(given: argparse.Namespace) -> None:
+    """Runs until SIGTERM or SIGINT. Nothing is woken and nothing is lost by either.
+
+    Raises:
+        ArchitectError: the cluster's credentials cannot be read.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    context = Context(Gates(), EventLog(paths.EVENTS), hot.criu_version())
+    defaults = Defaults(
+        scaledown_ns=given.default_scaledown_duration,
+        monitor=Monitor(given.default_network_monitor),
+    )
+    context = Context(Gates(), EventLog(paths.EVENTS), hot.criu_version(), defaults)
     registry = Registry(context)
+    side = None
+    if given.kubernetes is not None:
+        # Not on a lone machine: the client alone takes ten megabytes.
+        from architect.processes.architectd.cluster.side import ClusterSide
+
+        side = ClusterSide(given.kubernetes, given.node, registry, context)
     await registry.recover()
     server = await Server(registry, context).listen()
+    if side is not None:
+        side.start()
     # What lives now lives long: keep the collector from walking it at each wake.
     gc.collect()
     gc.freeze()
     await stop.wait()
     server.close()
     paths.DAEMON_SOCKET.unlink(missing_ok=True)
+    if side is not None:
+        await side.stop()
     registry.close()
     context.gates.close()
 
 
 def main() -> None:
     """Program; exit status 1 with one line on stderr if another daemon runs or the machine is unfit."""
+    given = _arguments(sys.argv[1:])
     paths.STATE.mkdir(parents=True, mode=0o755, exist_ok=True)
     lock = paths.DAEMON_LOCK.open("a")
     try:
@@ -61,8 +122,11 @@ def main() -> None:
     except (ArchitectError, GateError, OSError, subprocess.CalledProcessError) as error:
         print(f"architectd: {error}", file=sys.stderr)
         sys.exit(1)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve())
+    try:
+        asyncio.run(serve(given))
+    except ArchitectError as error:
+        print(f"architectd: {error}", file=sys.stderr)
+        sys.exit(1)
     lock.close()
     rundir.release()
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ import msgspec
 from architect.adapters import mounts, store
 from architect.adapters.keeper import KeeperError, KeeperStatus, PagerState
 from architect.contract import paths
-from architect.contract.annotations import parse
+from architect.contract.annotations import USER_ANNOTATIONS, ContainerSettings, parse
 from architect.contract.errors import ArchitectError
 from architect.contract.records import RECORD_FORMAT, ContainerRecord, Event
 from architect.contract.states import State
@@ -36,6 +37,7 @@ class Registry:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._containers: dict[str, ManagedContainer] = {}
+        self._retired = False
 
     def all(self) -> list[ManagedContainer]:
         """Those that have not ended, in order of their names."""
@@ -77,6 +79,8 @@ class Registry:
         Raises:
             ArchitectError: it is refused.
         """
+        if self._retired:
+            return False
         answer = door.admit(container, bundle, root, engine_pid)
         for warning in answer.warnings:
             self._context.events.append(
@@ -105,8 +109,51 @@ class Registry:
         if managed is not None and managed.state is not State.ENDED:
             managed.forget()
 
+    def follow(self, pod_uid: str, annotations: Mapping[str, str]) -> None:
+        """A pod's annotations may have been edited: what differs takes effect now.
+
+        Values that admission would refuse change nothing but are reported.
+        """
+        ours = {key: value for key, value in annotations.items() if key in USER_ANNOTATIONS}
+        for managed in self.of_pod(pod_uid):
+            record = managed.record
+            if self._retired or record.annotations == ours:
+                continue
+            try:
+                settings = parse(ours, None, self._context.defaults).container(record.container)
+            except ArchitectError as error:
+                self._complain(record.id, f"an edited annotation has no effect: {error}")
+                continue
+            managed.follow(ours, settings)
+
+    def of_pod(self, pod_uid: str) -> list[ManagedContainer]:
+        """The containers of a Kubernetes pod that have not ended."""
+        return [one for one in self.all() if one.record.pod_uid == pod_uid]
+
+    def lists(self, annotations: Mapping[str, str], container: str) -> bool:
+        """Whether a pod's annotations list a container as managed."""
+        if self._retired:
+            return False
+        ours = {key: value for key, value in annotations.items() if key in USER_ANNOTATIONS}
+        try:
+            return parse(ours, None, self._context.defaults).container(container).managed
+        except ArchitectError:
+            return False
+
+    def retire(self) -> None:
+        """architect leaves this machine: everything is woken, and nothing is managed from now on."""
+        self._retired = True
+        for managed in self.all():
+            managed.follow(managed.record.annotations, ContainerSettings(managed.record.container))
+
+    def busy(self) -> list[ManagedContainer]:
+        """After :meth:`retire`: what is not awake with all its memory yet."""
+        return [one for one in self.all() if one.state not in (State.RUNNING, State.CREATED)]
+
     def _make(self, record: ContainerRecord, state: State) -> ManagedContainer:
-        settings = parse(record.annotations).container(record.container)
+        settings = parse(record.annotations, None, self._context.defaults).container(
+            record.container
+        )
         return ManagedContainer(record, settings, self._context, state)
 
     # ---- after a start of the daemon -----------------------------------------------------------------

@@ -33,6 +33,7 @@ class Server:
             "create": self._create,
             "created": self._created,
             "started": self._started,
+            "updated": self._updated,
             "deleted": self._deleted,
             "ps": self._ps,
             "sleep": self._sleep,
@@ -92,6 +93,12 @@ class Server:
         self._registry.started(request.id)
         return "ok"
 
+    async def _updated(self, request: Request) -> str:
+        managed = self._registry.get(request.id)
+        if managed is not None:
+            managed.updated()
+        return "ok"
+
     async def _deleted(self, request: Request) -> str:
         self._registry.deleted(request.id)
         return "ok"
@@ -121,7 +128,7 @@ class Server:
     # ---- the command line ---------------------------------------------------------------------------------
 
     async def _ps(self, _request: Request) -> str:
-        rows = [managed.row() for managed in self._registry.all()]
+        rows = [one.row() for one in self._registry.all() if one.settings.managed]
         return "ok " + msgspec.json.encode(rows).decode()
 
     async def _sleep(self, request: Request) -> str:

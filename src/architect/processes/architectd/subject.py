@@ -25,12 +25,16 @@ async def prepare(record: ContainerRecord, run: Path, init: int, group: Cgroup) 
         ArchitectError: the container has something that would be lost, or is not ready yet.
     """
     name = f"{record.pod}/{record.container}"
+    record.own_ipc = not record.shared_ipc
     if record.shared_ipc and sysvipc.objects(record.keeper):
-        raise NotAsleep(
-            what=f"{name} cannot be hibernated",
-            why="its pod shares System V IPC objects between containers",
-            fix="give it a pod of its own, or list it in disable-autoscaledown-containers",
-        )
+        others = sysvipc.neighbours(record.keeper, group.processes(), record.sandbox)
+        if others:
+            raise NotAsleep(
+                what=f"{name} cannot be hibernated",
+                why="its pod shares System V IPC objects between containers",
+                fix="give it a pod of its own, or list it in disable-autoscaledown-containers",
+            )
+        record.own_ipc = True
     # In a thread: /proc/net/tcp alone takes ten milliseconds where the kernel's tables are large.
     await asyncio.to_thread(_make_bindable, record.keeper, group, name)
     if record.mounts is None:

@@ -1,0 +1,130 @@
+"""Shows on the node whether pods can hibernate there, and leaves it when the chart is removed.
+
+Labels are for schedulers and people, the condition for dashboards and for whoever waits for a node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from architect.adapters import probes
+from architect.adapters.kube.client import Kube, KubeError, Style
+from architect.adapters.kube.informer import Backoff, Change, Informer, Timing
+from architect.adapters.kube.resources import Node
+from architect.contract import paths
+from architect.contract.kubernetes import (
+    FEATURE_LABEL_PREFIX,
+    READY_CONDITION,
+    REMOVAL_ANNOTATION,
+    REMOVAL_DONE,
+    REMOVAL_REQUESTED,
+)
+from architect.processes.architectd.cluster.log import log
+from architect.processes.architectd.cluster.pods import Pods
+from architect.processes.architectd.registry import Registry
+
+_LOOK_S: Final = 0.5
+"""Seconds between two looks whether everything is awake, while the node is being left."""
+_ENGINES: Final = ("Podman",)
+"""Findings that are about single machines."""
+
+
+class NodeSide:
+    """See the module."""
+
+    def __init__(self, kube: Kube, name: str, registry: Registry, pods: Pods) -> None:
+        self._kube = kube
+        self._name = name
+        self._registry = registry
+        self._pods = pods
+        self._leaving: asyncio.Task[None] | None = None
+        self.informer = Informer(kube, Node, fields=f"metadata.name={name}")
+        self.informer.add_handler(self._changed)
+
+    async def show(self) -> None:
+        """Probes the node and writes labels and condition; tries again until that has succeeded."""
+        findings = await asyncio.to_thread(probes.all_findings)
+        bad = [one for one in findings if one.verdict is probes.Verdict.FAIL]
+        less = [one for one in findings if one.verdict is probes.Verdict.LESS]
+        labels = {
+            FEATURE_LABEL_PREFIX + _slug(one.name): one.verdict.value.lower()
+            for one in findings
+            if one.name not in _ENGINES
+        }
+        for one in (*bad, *less):
+            log("probe", name=one.name, verdict=one.verdict, found=one.found, without=one.without)
+        message = "; ".join(f"{one.name}: {one.found} ({one.without})" for one in bad)
+        await self._insist({"metadata": {"labels": labels}})
+        if bad:
+            await self._condition("False", "NotFit", message)
+        else:
+            await self._condition("True", "Fit", "idle containers of managed pods hibernate here")
+
+    async def leave(self) -> None:
+        """The daemon ends: says so, if the API server answers."""
+        reason = "Removed" if self._leaving is not None else "Stopped"
+        message = "architectd is not running; what runs goes on, what sleeps stays asleep"
+        try:
+            await self._write_condition("False", reason, message)
+        except KubeError as error:
+            log("condition not written", error=str(error))
+
+    async def _condition(self, status: str, reason: str, message: str) -> None:
+        await self._insist(_condition(status, reason, message), "status")
+
+    async def _write_condition(self, status: str, reason: str, message: str) -> None:
+        body = _condition(status, reason, message)
+        await self._kube.patch(Node, self._name, body, subresource="status", style=Style.STRATEGIC)
+
+    async def _insist(self, body: dict[str, Any], subresource: str = "") -> None:
+        backoff = Backoff(Timing())
+        while True:
+            try:
+                await self._kube.patch(
+                    Node, self._name, body, subresource=subresource, style=Style.STRATEGIC
+                )
+                return
+            except KubeError as error:
+                delay = backoff.next(error.retry_after)
+                log("node not written", error=str(error), again_s=round(delay, 1))
+                await asyncio.sleep(delay)
+
+    # ---- removal ------------------------------------------------------------------------------------
+
+    def _changed(self, change: Change[Node]) -> None:
+        if change.new is None or self._leaving is not None:
+            return
+        if change.new.annotations.get(REMOVAL_ANNOTATION) == REMOVAL_REQUESTED:
+            self._leaving = asyncio.create_task(self._leave_node())
+
+    async def _leave_node(self) -> None:
+        log("leaving the node", containers=len(self._registry.all()))
+        self._registry.retire()
+        while (busy := self._registry.busy()) or not self._pods.settled:
+            await asyncio.sleep(_LOOK_S)
+            for managed in busy:
+                self._pods.stale(managed.record.pod_uid)
+        paths.REMOVED.touch()
+        await self._condition("False", "Removed", "architect has left this node")
+        await self._insist({"metadata": {"annotations": {REMOVAL_ANNOTATION: REMOVAL_DONE}}})
+        log("left the node")
+
+
+def _condition(status: str, reason: str, message: str) -> dict[str, Any]:
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    condition = {
+        "type": READY_CONDITION,
+        "status": status,
+        "reason": reason,
+        "message": message,
+        "lastHeartbeatTime": now,
+        "lastTransitionTime": now,
+    }
+    return {"status": {"conditions": [condition]}}
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,0 +1,149 @@
+"""One container's traffic: its place at the gate, its ports, and what packets do while it sleeps.
+
+Called by :class:`.container.ManagedContainer` as the table of its life says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from architect.adapters.cgroup import Cgroup
+from architect.adapters.gate import GateError
+from architect.contract.annotations import ContainerSettings, Monitor
+from architect.contract.errors import ArchitectError
+from architect.contract.records import ContainerRecord
+from architect.processes.architectd import subject as subjects
+from architect.processes.architectd.clock import IdleClock
+from architect.processes.architectd.gates import Gates
+from architect.processes.architectd.reporter import Reporter
+
+_ENGINE_RETRY_S: Final = 0.5
+_LONGEST_RETRY_S: Final = 10.0
+"""Seconds until an engine that gave no answer is asked again: at first, doubled each time, at most."""
+
+
+class Traffic:
+    """See the module. The place itself is the clock's, which reads the last activity from it."""
+
+    def __init__(
+        self,
+        record: ContainerRecord,
+        settings: ContainerSettings,
+        gates: Gates,
+        clock: IdleClock,
+        report: Reporter,
+    ) -> None:
+        self._record = record
+        self._settings = settings
+        self._gates = gates
+        self._clock = clock
+        self._report = report
+
+    async def join(self, wanted: Callable[[], None]) -> None:
+        """Takes a place at its namespace's gate; ``wanted`` is called while packets are held.
+
+        Without one, which is reported, the container stays awake.
+        """
+        netns = Path(f"/proc/{self._record.keeper}/ns/net")
+        scaledown_s = self._settings.scaledown_ns / 1e9
+        try:
+            self._clock.place = await self._gates.join(
+                netns, self._record.owner, wanted, scaledown_s
+            )
+        except ArchitectError as error:
+            self._record.error = str(error)
+            self._report.event("Warning", str(error))
+            return
+        self._record.owner = self._clock.place.owner
+        self.set_ports()
+
+    def leave(self) -> None:
+        """Gives the place up: packets pass unseen."""
+        if self._clock.place is not None:
+            self._clock.place.leave()
+            self._clock.place = None
+
+    def follow(self, settings: ContainerSettings) -> None:
+        """Other annotations hold from now on.
+
+        Raises:
+            GateError: the ports cannot be set.
+        """
+        self._settings = settings
+        if self._clock.place is not None:
+            self._clock.place.set_scaledown(settings.scaledown_ns / 1e9)
+        self.set_ports()
+
+    def set_ports(self) -> None:
+        """Tells the gate which ports count.
+
+        Raises:
+            GateError: the kernel refuses.
+        """
+        if self._clock.place is not None:
+            ports = self._record.ports or []
+            self._clock.place.set_ports(ports, self._settings.ignored_ports, self._record.quiet)
+
+    def hold(self, *, repair: bool) -> None:
+        """Packets wait from now on. A dump that then finds the gate open is not begun."""
+        if self._clock.place is None:
+            return
+        try:
+            repaired = self._clock.place.repair() if repair else []
+            if repaired:
+                self._report.event(
+                    "Warning", f"put back what was taken from its gate: {', '.join(repaired)}"
+                )
+            self._clock.place.hold()
+        except GateError as error:
+            self._report.event("Warning", f"{self._report.name}: {error}")
+
+    def open(self) -> None:
+        """Packets pass, those that waited first."""
+        if self._clock.place is not None:
+            self._clock.place.open()
+
+    def sleep(self) -> None:
+        """What packets do while the container is hibernated: wake it, or vanish."""
+        if self._clock.place is None:
+            return
+        if self._settings.monitor is Monitor.NONE:
+            self._clock.place.drop()
+        else:
+            self._clock.place.hold()
+
+    async def learn_ports(self, group: Cgroup) -> None:
+        """Asks the engine for the declared ports until it answers."""
+        record, delay = self._record, _ENGINE_RETRY_S
+        unknown = None
+        while record.ports is None:
+            try:
+                record.ports = await subjects.declared_ports(record, group)
+            except (ArchitectError, OSError) as error:
+                self._report.log("ports unknown", error=str(error))
+                record.error = unknown = str(error)
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, _LONGEST_RETRY_S)
+        if record.error == unknown:
+            record.error = None
+        try:
+            self.set_ports()
+        except GateError as error:
+            record.error = str(error)
+            self._report.event(
+                "Warning", f"{self._report.name}: {error}; the container stays awake"
+            )
+            self.leave()
+        self.warn_of_no_ports()
+
+    def warn_of_no_ports(self) -> None:
+        """Says so if traffic is to wake a container that has no ports for it."""
+        if not self._record.ports and self._settings.monitor is not Monitor.NONE:
+            self._report.event(
+                "Warning",
+                f"{self._report.name} declares no ports, so no traffic wakes it; publish or expose "
+                "the ports",
+            )
