@@ -12,10 +12,10 @@ export PYTHONDONTWRITEBYTECODE := 1
 
 PYTHON := /usr/bin/python3
 VENV := build/venv/bin
-IMAGES := valkey test
+IMAGES := valkey test example-go
 CLUSTER := PYTHONPATH=.:scripts $(PYTHON) -m tests.cluster
 # What the checkers look at; a folder appears here when its first file does.
-CHECKED := $(wildcard src scripts tests bench)
+CHECKED := $(wildcard src scripts tests bench examples)
 
 .PHONY: help
 help: ## Show this list
@@ -65,6 +65,10 @@ setup-cluster: ## The same for building and running, with what the test cluster 
 cluster: setup-cluster ## A real Kubernetes of three nodes on this machine; source .cluster/env
 	@$(CLUSTER) up $(UP)
 
+.PHONY: cluster-install
+cluster-install: setup-cluster setup-image native bundle ## Install architect on the cluster with helm, as a user would
+	@PYTHONPATH=.:scripts $(PYTHON) -m tests.cluster install $(SET:%=--set %)
+
 .PHONY: cluster-load
 cluster-load: ## Load IMAGE=archive.tar in all nodes of the cluster
 	@$(CLUSTER) load "$(if $(IMAGE),$(IMAGE),$(error say which: make cluster-load IMAGE=archive.tar))"
@@ -72,6 +76,21 @@ cluster-load: ## Load IMAGE=archive.tar in all nodes of the cluster
 .PHONY: cluster-down
 cluster-down: ## Take the cluster away, whatever state it is in
 	@$(CLUSTER) down
+
+.PHONY: setup-image
+setup-image: ## The same, with what the components' image is built with
+	@scripts/setup runtime build image
+
+.PHONY: image
+image: setup-image native bundle ## The container image of the components, in build/images
+	@$(PYTHON) scripts/component_image.py
+
+.PHONY: example-go
+example-go: setup-cluster ## The quick start's Go program, in build/example-go
+	@PYTHONPATH=.:scripts $(PYTHON) examples/go/build.py
+
+image-example-go: example-go
+	@$(PYTHON) scripts/image.py example-go
 
 .PHONY: native
 native: setup ## keeper, runc-architect, criu-hook and the eBPF object, in build/native
@@ -82,7 +101,7 @@ bundle: setup ## CRIU with its own loader and libraries, in build/bundle
 	@$(PYTHON) scripts/bundle.py
 
 .PHONY: images
-images: setup ## All container images of scripts/images.toml
+images: setup example-go ## All container images of scripts/images.toml
 	@$(PYTHON) scripts/image.py $(IMAGES)
 
 image-%: setup

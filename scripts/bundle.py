@@ -32,39 +32,10 @@ from common import (
     sha256,
 )
 from debs import Deb, archive
+from elf import closure
 
 RELEASE = "trixie"
 TARGET = BUILD / "bundle"
-
-
-def _closure(loader: Path, program: Path, root: Path) -> list[Path]:
-    """The loader, and the libraries that it finds for the program in the release's packages.
-
-    Raises Failure when one is missing or came from the host instead of `root`.
-    """
-    folders = [d for d in root.glob("usr/lib/*-linux-gnu*") if d.is_dir()]
-    search = ":".join(map(str, [*folders, root / "usr/lib"]))
-    # Without the cache: the host's would name the host's libraries.
-    listing = run([loader, "--inhibit-cache", "--library-path", search, "--list", program])
-    libraries = [loader]
-    for line in listing.splitlines():
-        name, arrow, rest = line.strip().partition(" => ")
-        if not arrow or Path(name).name == loader.name:
-            continue  # the vDSO is no file, and the loader is there already
-        path = Path(rest.rpartition(" (")[0] or rest)
-        if not path.is_relative_to(root):
-            raise Failure(f"{name}, which CRIU needs, is not in the release's packages: {rest}")
-        libraries.append(path)
-    return libraries
-
-
-def _loader(root: Path) -> Path:
-    """The dynamic loader that the C library's package brings."""
-    found = [*root.glob("usr/lib64/ld-linux-*.so.*"), *root.glob("usr/lib/ld-linux-*.so.*")]
-    if not found:
-        raise Failure("the C library's package has no loader at usr/lib*/ld-linux-*.so.*")
-    # A link made for /usr of the target system; the file lies beside the libraries.
-    return next(root.glob(f"usr/lib/*-linux-gnu*/{found[0].name}"), found[0])
 
 
 def _lay_out(debs: list[Deb], work: Path) -> Path:
@@ -76,13 +47,14 @@ def _lay_out(debs: list[Deb], work: Path) -> Path:
     bundle = work / "bundle"
     for name in ("bin", "lib"):
         (bundle / name).mkdir(parents=True)
-    loader, program = _loader(root), root / "usr/sbin/criu"
+    program = root / "usr/sbin/criu"
     shutil.copyfile(program, bundle / "bin/criu")
-    for library in _closure(loader, program, root):
+    for library in closure([program], root):
         shutil.copyfile(library, bundle / "lib" / library.name)
     files = sorted(p for p in bundle.rglob("*") if p.is_file())
     for path in files:
-        path.chmod(0o755 if path.name in ("criu", loader.name) else 0o644)
+        runs = path.name == "criu" or path.name.startswith("ld-linux-")
+        path.chmod(0o755 if runs else 0o644)
     criu = next(deb for deb in debs if deb.name == "criu")
     lines = [f"criu {criu.version}", *(deb.line for deb in debs)]
     lines += [f"file {path.relative_to(bundle)} {sha256(path)}" for path in files]
@@ -135,7 +107,8 @@ def _make(entry: Path) -> None:
 def body(arguments: list[str]) -> None:
     if arguments:
         raise Failure("usage: bundle.py (REFRESH=1 in the environment makes it anew)")
-    key = digest(RELEASE, architecture(), Path(__file__).read_bytes())
+    recipe = [Path(__file__).with_name(name).read_bytes() for name in ("bundle.py", "elf.py")]
+    key = digest(RELEASE, architecture(), *recipe)
     entry = cache_folder("bundle") / key
     if os.environ.get("REFRESH") or not _cached(entry):
         _make(entry)

@@ -4,11 +4,17 @@ Pure but for reading the files that are there. Called by install.py, which write
 """
 
 import resource
+import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
-from common import Failure
+from common import REPOSITORY, Failure
+
+# The package's own editor of the same file; it needs the standard library only.
+sys.path.append(str(REPOSITORY / "src"))
+
+from architect.contract.errors import ArchitectError
+from architect.decisions import runtimeconfig
 
 RUNTIME = Path("/usr/local/bin/runc-architect")
 CONTAINERD = Path("/etc/containerd/config.toml")
@@ -19,7 +25,10 @@ PODMAN_LIMITS = Path("/etc/containers/containers.conf.d/51-architect-limits.conf
 # file replaces the one before it, so a file that adds a name has to repeat all others. A name
 # that some version does not have by default does no harm: each of these takes --log-format=json.
 _JSON_RUNTIMES = ("crun", "runc", "kata", "runsc", "youki", "krun")
-_BEGIN, _END = "# BEGIN architect (make uninstall removes this)\n", "# END architect\n"
+_MARK = runtimeconfig.MACHINE
+_HANDLER = runtimeconfig.Handler(
+    RUNTIME.name, str(RUNTIME), ("architect.loopholelabs.io/*",), ("io.kubernetes.container.*",)
+)
 _CAP_SYS_RESOURCE = 24
 
 
@@ -73,50 +82,28 @@ def podman_limits() -> bytes | None:
     ).encode()
 
 
-def _runtimes(config: dict[str, Any], plugin: str) -> dict[str, Any]:
-    section = config.get("plugins", {}).get(plugin, {})
-    found: dict[str, Any] = section.get("containerd", {}).get("runtimes", {})
-    return found
-
-
 def with_containerd_runtime(text: str) -> str | None:
-    """containerd's configuration with our runtime appended; None where it already has one.
+    """containerd's configuration with our runtime in it; None where there is another of its name.
 
     A drop-in by `imports` would not do: containerd 1.x lets an imported file replace the whole
     section of a plugin, the administrator's settings with it (containerd-config.toml(5)).
     Raises Failure when the file is none that can be added to.
     """
-    plugins = {2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime"}
     own = without_containerd_runtime(text)
     try:
-        config = tomllib.loads(own)
-        version = config.get("version", 1)
-        if version not in plugins:
-            raise Failure(f"{CONTAINERD} has version {version}; versions 2 and 3 can be added to")
-        plugin = plugins[version]
-        runtimes = _runtimes(config, plugin)
-        if RUNTIME.name in runtimes:
-            return None
-        runc = runtimes.get("runc", {}).get("options", {})
-        systemd_cgroup = str(bool(runc.get("SystemdCgroup", False))).lower()
-        table = f'plugins."{plugin}".containerd.runtimes.{RUNTIME.name}'
-        block = (
-            f"{_BEGIN}[{table}]\n"
-            '  runtime_type = "io.containerd.runc.v2"\n'
-            '  pod_annotations = ["architect.loopholelabs.io/*"]\n'
-            f"[{table}.options]\n"
-            f'  BinaryName = "{RUNTIME}"\n'
-            f"  SystemdCgroup = {systemd_cgroup}\n{_END}"
-        )
-        added = own + ("" if own.endswith("\n") or not own else "\n") + block
-        tomllib.loads(added)
-    except tomllib.TOMLDecodeError as problem:
-        raise Failure(f"{CONTAINERD} cannot be added to: {problem}") from problem
-    return added
+        if not runtimeconfig.parse(own, str(CONTAINERD)):
+            raise Failure(f"{CONTAINERD} says nothing: fill it with `containerd config default`")
+        added = runtimeconfig.with_handler(text, _HANDLER, _MARK, name=str(CONTAINERD))
+    except runtimeconfig.HandlerTaken:
+        return None
+    except ArchitectError as problem:
+        raise Failure(str(problem)) from problem
+    return None if added == own else added
 
 
 def without_containerd_runtime(text: str) -> str:
     """The same without our block."""
-    head, begin, rest = text.partition(_BEGIN)
-    _, end, tail = rest.partition(_END)
-    return head + tail if begin and end else text
+    try:
+        return runtimeconfig.without_block(text, _MARK)
+    except ArchitectError as problem:
+        raise Failure(str(problem)) from problem

@@ -1,8 +1,8 @@
 """Builds container images from Debian packages and loads them into Podman: image.py NAME...
 
 Why: the demo, the benchmarks and the tests need images on machines that reach no image registry.
-Each image is a row of images.toml: packages of a Debian release, unpacked into one layer. Called
-by the Makefile (make image-NAME).
+Each image is a row of images.toml: packages of a Debian release, unpacked into one layer, and
+programs that are built here. Called by the Makefile (make image-NAME).
 
 An image carries the digest of its recipe as a label; where Podman has it already, nothing is
 done. The finished archive is kept in the cache under that digest, so a day's package updates
@@ -17,7 +17,6 @@ import shutil
 import tarfile
 import tempfile
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,18 +33,11 @@ from common import (
     say,
 )
 from debs import Deb, archive
+from rootfs import lay_out, without_time, write_layer
 
 TABLE = REPOSITORY / "scripts" / "images.toml"
 RECIPE_LABEL = "architect.loopholelabs.io/recipe"
 PACKAGES_LABEL = "architect.loopholelabs.io/packages"
-# Documentation that no container reads; licences stay.
-UNWANTED = (
-    "usr/share/doc",
-    "usr/share/info",
-    "usr/share/locale",
-    "usr/share/man",
-    "usr/share/lintian",
-)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -60,6 +52,7 @@ class Recipe:
     packages: tuple[str, ...]
     cmd: tuple[str, ...]
     directories: tuple[str, ...] = ()
+    files: tuple[tuple[str, str], ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
     env: tuple[str, ...] = ()
     ports: tuple[str, ...] = ()
@@ -67,8 +60,15 @@ class Recipe:
 
     @property
     def key(self) -> str:
-        """What the image is cached under: this row and the code that builds it."""
-        return digest(repr(self), architecture(), Path(__file__).read_bytes())
+        """What the image is cached under: this row, its files and the code that builds it."""
+        recipe = [Path(__file__).with_name(name).read_bytes() for name in ("image.py", "rootfs.py")]
+        recipe += [path.read_bytes() for path in self.sources if path.exists()]
+        return digest(repr(self), architecture(), *recipe)
+
+    @property
+    def sources(self) -> list[Path]:
+        """The files that are built here."""
+        return [REPOSITORY / name for name, _ in self.files]
 
 
 def recipes() -> dict[str, Recipe]:
@@ -85,50 +85,18 @@ def recipes() -> dict[str, Recipe]:
     }
 
 
-def _is_unwanted(path: str) -> bool:
-    return path.startswith(UNWANTED) and Path(path).name != "copyright"
-
-
 def _lay_out(recipe: Recipe, debs: list[Deb], root: Path) -> None:
     """Unpack the packages into `root` and do what their maintainer scripts would have done."""
-    root.mkdir()
-    # First the one whose links make /bin, /lib and /sbin parts of /usr.
-    for deb in sorted(debs, key=lambda deb: deb.name != "base-files"):
-        deb.unpack(root)
-    for kind in ("passwd", "group"):
-        shutil.copyfile(root / f"usr/share/base-passwd/{kind}.master", root / f"etc/{kind}")
+    lay_out(debs, root)
     for directory in recipe.directories:
         (root / directory.lstrip("/")).mkdir(parents=True, exist_ok=True)
+    for source, (_, place) in zip(recipe.sources, recipe.files, strict=True):
+        target = root / place.lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        target.chmod(0o755)
     for command in recipe.commands:
         run(["chroot", root, *command], env={"PATH": PATH, "LC_ALL": "C.UTF-8"})
-
-
-def _members(root: Path) -> Iterator[tuple[Path, str]]:
-    for path in sorted(root.rglob("*")):
-        name = str(path.relative_to(root))
-        if path.is_dir() and not path.is_symlink():
-            if not name.startswith(UNWANTED) or any(path.rglob("copyright")):
-                yield path, name
-        elif not _is_unwanted(name):
-            yield path, name
-
-
-def _without_time(info: tarfile.TarInfo) -> tarfile.TarInfo:
-    info.mtime = 0
-    info.uname = info.gname = ""
-    return info
-
-
-def _write_layer(root: Path, layer: Path) -> None:
-    """The tree as an uncompressed tar; the same tree gives the same bytes."""
-    with tarfile.open(layer, "w", format=tarfile.PAX_FORMAT) as tar:
-        for path, name in _members(root):
-            info = _without_time(tar.gettarinfo(path, name))
-            if info.isreg():
-                with path.open("rb") as file:
-                    tar.addfile(info, file)
-            else:
-                tar.addfile(info)
 
 
 class _Layout:
@@ -157,6 +125,7 @@ class _Layout:
 
 def _configuration(recipe: Recipe, debs: list[Deb], diff_id: str) -> dict[str, Any]:
     versions = " ".join(f"{deb.name}={deb.version}" for deb in debs)
+    contents = [*recipe.packages, *(name for name, _ in recipe.files)]
     return {
         "architecture": architecture(),
         "os": "linux",
@@ -168,7 +137,7 @@ def _configuration(recipe: Recipe, debs: list[Deb], diff_id: str) -> dict[str, A
             "WorkingDir": recipe.workdir,
         },
         "rootfs": {"type": "layers", "diff_ids": [diff_id]},
-        "history": [{"created_by": f"Debian {recipe.release}: {' '.join(recipe.packages)}"}],
+        "history": [{"created_by": f"Debian {recipe.release}: {' '.join(contents)}"}],
     }
 
 
@@ -196,7 +165,7 @@ def _write_archive(recipe: Recipe, debs: list[Deb], layer: Path, work: Path, tar
     with tarfile.open(unfinished, "w") as tar:
         for path in sorted(layout.folder.rglob("*")):
             name = path.relative_to(layout.folder)
-            tar.add(path, name, recursive=False, filter=_without_time)
+            tar.add(path, name, recursive=False, filter=without_time)
     unfinished.rename(target)
 
 
@@ -211,7 +180,7 @@ def _build(wanted: list[Recipe], folder: Path) -> None:
                 with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as name:
                     work = Path(name)
                     _lay_out(recipe, debs, work / "root")
-                    _write_layer(work / "root", work / "layer.tar")
+                    write_layer(work / "root", work / "layer.tar")
                     target = folder / f"{recipe.name}-{recipe.key}.tar"
                     _write_archive(recipe, debs, work / "layer.tar", work, target)
                 keep_only(target, folder.glob(f"{recipe.name}-*.tar"))
@@ -249,6 +218,10 @@ def body(arguments: list[str]) -> None:
         raise Failure(f"usage: image.py NAME..., of {', '.join(table)}")
     refresh = bool(os.environ.get("REFRESH"))
     wanted = [table[name] for name in arguments]
+    for one in wanted:
+        for path in one.sources:
+            if not path.exists():
+                raise Failure(f"{one.tag}: {path} is not built; run `make image-{one.name}`")
     missing = [recipe for recipe in wanted if refresh or not _has(recipe)]
     folder = cache_folder("images")
     archives = {recipe.tag: folder / f"{recipe.name}-{recipe.key}.tar" for recipe in missing}

@@ -97,6 +97,8 @@ void command_parse(struct command *command, int argc, char **argv)
 		take(&command->bundle, value_of(word, next, "--bundle"));
 		take(&command->bundle, value_of(word, next, "-b"));
 		take(&command->pid_file, value_of(word, next, "--pid-file"));
+		take(&command->resources, value_of(word, next, "--resources"));
+		take(&command->resources, value_of(word, next, "-r"));
 		if (is_one_of(word, verb_with_value))
 			at++;
 	}

@@ -13,6 +13,7 @@ struct command {
 	const char *log;      /* --log, or NULL */
 	const char *bundle;   /* create: --bundle, "." if not given */
 	const char *pid_file; /* create, exec: --pid-file, or NULL */
+	const char *resources; /* update: --resources, or NULL */
 	int force;            /* delete: --force */
 	int all;              /* kill: --all */
 };

@@ -301,17 +301,66 @@ int verb_resume(const struct command *command)
 	become_runc(command);
 }
 
+/* Standard input as a file that can be read twice, in its place. Returns it, or -1. */
+static int keep_stdin(void)
+{
+	char some[MESSAGE_MAX];
+	int copy = memfd_create("resources", MFD_CLOEXEC);
+	ssize_t got;
+
+	if (copy < 0)
+		return -1;
+	while ((got = read(STDIN_FILENO, some, sizeof some)) > 0)
+		if (write(copy, some, got) != got)
+			return -1;
+	if (lseek(copy, 0, SEEK_SET) < 0 || dup2(copy, STDIN_FILENO) < 0)
+		return -1;
+	return copy;
+}
+
+/* What an update asks for, or NULL if that is not in a file or longer than a message. */
+static const char *wanted_resources(const struct command *command)
+{
+	static char text[MESSAGE_MAX];
+	ssize_t length;
+	int file;
+
+	if (!command->resources)
+		return NULL;
+	file = strcmp(command->resources, "-") ? open(command->resources, O_RDONLY | O_CLOEXEC) : keep_stdin();
+	if (file < 0)
+		return NULL;
+	length = pread(file, text, sizeof text, 0);
+	close(file);
+	if (length <= 0 || length == sizeof text)
+		return NULL;
+	text[length] = 0;
+	return text;
+}
+
 /* Changes the cgroup's limits, which a hibernated container has too: runc then takes the keeper for its
- * init. It writes its whole state back, with the init that it had read; the daemon sees to it that this is
- * still the right one.
+ * init. The daemon may know better: limits lowered for a sleeper would kill what has woken meanwhile. runc
+ * writes its whole state back, with the init that it had read; the daemon sees to it that this is still the
+ * right one.
  */
 int verb_update(const struct command *command)
 {
-	int keeper = keeper_connect(command->id), code;
+	char reply[MESSAGE_MAX];
+	struct request request = { .verb = "update", .id = command->id };
+	int keeper = keeper_connect(command->id), connection, code;
 
 	if (keeper < 0)
 		become_runc(command);
 	close(keeper);
+	request.resources = wanted_resources(command);
+	connection = request.resources ? daemon_ask(&request, reply, sizeof reply) : -1;
+	if (connection >= 0) {
+		close(connection);
+		if (!strncmp(reply, "error ", 6))
+			return fail(command, reply + 6);
+		if (!strcmp(reply, "ok skip"))
+			return 0;
+	}
 	code = run_runc(command);
 	tell("updated", command->id, 0);
 	return code;

@@ -8,6 +8,7 @@
   start|stop|restart|kill N PROGRAM
                             containerd, kubelet or kube-proxy of a node; killed, it comes back
   in N COMMAND...           run a command inside a node
+  metrics                   add metrics-server, for `kubectl top`, to the cluster that is up
   load ARCHIVE [N...]       import an image archive in nodes, by default in all that are up
   stats [SECONDS]           memory and CPU of each program
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from common import main, say
-from tests.cluster import build, stats
+from tests.cluster import build, install, stats
 from tests.cluster.base import ClusterError, need_root
 from tests.cluster.cluster import Cluster
 from tests.cluster.settings import HOME, Options
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--image", action="append", default=[], help="an archive that all nodes get")
     up.add_argument("--share", action="append", default=[], help="a folder that all nodes see")
     up.add_argument("--no-dns", action="store_true", help="without CoreDNS")
+    up.add_argument("--metrics", action="store_true", help="with metrics-server")
     up.add_argument(
         "--handlers",
         type=_json,
@@ -58,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reserved", type=_json, default={"memory": "1Gi"}, help="JSON: systemReserved"
     )
     up.add_argument("--kubelet", type=_json, default={}, help="JSON for the KubeletConfiguration")
-    for name in ("build", "down"):
+    for name in ("build", "down", "metrics"):
         commands.add_parser(name)
     commands.add_parser("add").add_argument("node", type=int, nargs="?")
     for name in ("crash", "boot"):
@@ -70,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     inside = commands.add_parser("in")
     inside.add_argument("node", type=int)
     inside.add_argument("words", nargs=argparse.REMAINDER)
+    install_ = commands.add_parser("install", help="architect, by helm")
+    install_.add_argument("--set", action="append", default=[], help="a value of the chart")
     load = commands.add_parser("load")
     load.add_argument("archive", type=Path)
     load.add_argument("nodes", type=int, nargs="*")
@@ -84,6 +88,7 @@ def _up(cluster: Cluster, given: argparse.Namespace) -> None:
             "images": [str(Path(path).resolve()) for path in given.image],
             "share": [str(Path(path).resolve()) for path in given.share],
             "dns": not given.no_dns,
+            "metrics": given.metrics,
             "handlers": given.handlers,
             "reserved": given.reserved,
             "kubelet": given.kubelet,
@@ -118,6 +123,9 @@ def body(arguments: list[str]) -> None:
             cluster.down()
         case "add":
             say("cluster", f"node {cluster.add(given.node)} is Ready")
+        case "metrics":
+            cluster.add_metrics_server()
+            say("cluster", "metrics-server answers")
         case "crash":
             cluster.crash(given.node)
         case "boot":
@@ -130,6 +138,8 @@ def body(arguments: list[str]) -> None:
         case "load":
             for name in cluster.load(given.archive, given.nodes):
                 say("cluster", name)
+        case "install":
+            install.install(cluster, *given.set)
         case "stats":
             print(stats.table(stats.measure(cluster, given.seconds)))
         case _:

@@ -22,13 +22,18 @@ from typing import Final
 from common import architecture, cache_folder, digest, keep_only, replace_tree, say
 from tests.cluster import images, toolchain
 from tests.cluster.base import ClusterError, run, until
-from tests.cluster.settings import DNS_IMAGE, PAUSE_IMAGE, Programs
+from tests.cluster.settings import DNS_IMAGE, METRICS_IMAGE, PAUSE_IMAGE, Programs
 
 SOURCES: Final = Path(__file__).resolve().parent / "kube"
 _BUILD_S: Final = 3600.0
 _LINK_FLAGS: Final = "-s -w"
 _HELM_VERSION: Final = "helm.sh/helm/v3/internal/version.version"
+_HELM_KUBERNETES_MINOR: Final = (
+    "helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor",
+    "helm.sh/helm/v3/pkg/lint/rules.k8sVersionMinor",
+)
 _KUBERNETES_VERSION: Final = "k8s.io/component-base/version"
+_CLIENT_VERSION: Final = "k8s.io/client-go/pkg/version.gitVersion"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,14 @@ class Part:
             set_ = " ".join(f"-X {_KUBERNETES_VERSION}.{k}={v}" for k, v in values.items())
             return f"{_LINK_FLAGS} {set_}"
         if self.name == "helm":
-            return f"{_LINK_FLAGS} -X {_HELM_VERSION}={self.required('helm.sh/helm/v3')}"
+            # Without these `helm template` and `helm lint` take the cluster for version 1.20.
+            minor = self.required("k8s.io/client-go").split(".")[1]
+            kubernetes = " ".join(f"-X {name}={minor}" for name in _HELM_KUBERNETES_MINOR)
+            version = self.required("helm.sh/helm/v3")
+            return f"{_LINK_FLAGS} -X {_HELM_VERSION}={version} {kubernetes}"
+        if self.name == "metrics-server":
+            version = self.required("sigs.k8s.io/metrics-server")
+            return f"{_LINK_FLAGS} -X {_CLIENT_VERSION}={version}"
         return f"{_LINK_FLAGS} -extldflags -static" if self.cgo else _LINK_FLAGS
 
 
@@ -128,6 +140,13 @@ PARTS: Final = (
     Part("helm", ("helm.sh/helm/v3/cmd/helm",), ("helm",)),
     Part("coredns", (".",), ("coredns",)),
 )
+METRICS_SERVER: Final = Part(
+    "metrics-server", ("sigs.k8s.io/metrics-server/cmd/metrics-server",), ("metrics-server",)
+)
+"""Not one of PARTS: it is built for those clusters only that have it."""
+
+_IMAGES: Final = {"coredns": DNS_IMAGE, METRICS_SERVER.name: METRICS_IMAGE}
+"""Parts whose first program runs in a pod."""
 
 
 @contextmanager
@@ -212,19 +231,35 @@ def _part(part: Part, folder: Path, go: list[Path]) -> Path:
         say("cluster", f"building {part.name} (all that is built here: some ten minutes)")
         with _replacing(folder, part.name, part.key) as new:
             _compile(part, go[0], new)
-            if part.name == "coredns":
-                images.of_program(new / "coredns", DNS_IMAGE, new / "image.tar")
+            if part.name in _IMAGES:
+                images.of_program(new / part.programs[0], _IMAGES[part.name], new / "image.tar")
         say("cluster", f"{part.name} built in {time.monotonic() - begin:.0f} s")
     return target
 
 
-def programs() -> Programs:
-    """Everything the cluster runs, built if it is not in the cache. Raises Failure."""
+@contextmanager
+def _cache() -> Iterator[Path]:
+    """The cache's folder, for this process alone, without what killed builds left there."""
     folder = cache_folder("kubernetes")
-    go: list[Path] = []
     with _alone(folder):
-        for unfinished in folder.glob(".new-*"):  # of builds that were killed
+        for unfinished in folder.glob(".new-*"):
             shutil.rmtree(unfinished)
+        yield folder
+
+
+def metrics_server() -> Path:
+    """The folder with metrics-server's image.tar, built if it is not in the cache.
+
+    Raises Failure.
+    """
+    with _cache() as folder:
+        return _part(METRICS_SERVER, folder, [])
+
+
+def programs() -> Programs:
+    """Everything that every cluster runs, built if it is not in the cache. Raises Failure."""
+    go: list[Path] = []
+    with _cache() as folder:
         return Programs(
             pause=_pause(folder), **{part.name: _part(part, folder, go) for part in PARTS}
         )

@@ -10,12 +10,12 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 from common import say
-from tests.cluster import cgroups, images, machine, network, node
+from tests.cluster import build, cgroups, images, machine, network, node
 from tests.cluster.base import ClusterError, need_root, put, run, until
 from tests.cluster.controlplane import ControlPlane
 from tests.cluster.node import Node
@@ -24,6 +24,7 @@ from tests.cluster.settings import (
     HOME,
     HOST_ADDRESS,
     MAXIMUM_NODES,
+    METRICS_MANIFEST,
     NODE_NAME,
     SWITCH,
     Options,
@@ -34,6 +35,8 @@ from tests.cluster.settings import (
 _STATE: Final = "cluster.json"
 _READY_S: Final = 90.0
 _KUBECTL_S: Final = 90.0
+_METRICS_S: Final = 150.0
+"""It is ready once it has measured a node twice, and a node measures itself every 30 s."""
 _UNUSABLE: Final = ("overlayfs", "overlay", "tmpfs", "ramfs")
 
 
@@ -149,6 +152,8 @@ class Cluster:
             raise ClusterError(f"{options.nodes} nodes", "cannot be", f"1 to {MAXIMUM_NODES}")
         for archive in options.images:
             images.names(Path(archive))
+        if options.metrics:
+            build.metrics_server()  # before others have to wait for the cluster
         with machine.alone(), machine.marking(self.home):
             if self._is_complete():
                 say("cluster", f"is up already: {', '.join(sorted(self.ready()))} are Ready")
@@ -185,6 +190,14 @@ class Cluster:
         if options.dns:
             self.kubectl("apply", "--filename", str(DNS_MANIFEST))
             self.kubectl("rollout", "status", "--namespace=kube-system", "deployment/coredns")
+        if options.metrics:
+            self._deploy_metrics_server()
+
+    def _deploy_metrics_server(self) -> None:
+        self.kubectl("apply", "--filename", str(METRICS_MANIFEST))
+        server = ("--namespace=kube-system", "deployment/metrics-server")
+        self.kubectl("rollout", "status", *server, timeout_s=_METRICS_S)
+        self.kubectl("wait", "--for=condition=Available", "apiservice/v1beta1.metrics.k8s.io")
 
     def _is_complete(self) -> bool:
         return self.env.exists() and set(self.nodes_up()) == set(self.numbers())
@@ -237,6 +250,8 @@ class Cluster:
         made.load(self.programs.pause / "image.tar")
         if self.options.dns:
             made.load(self.programs.coredns / "image.tar")
+        if self.options.metrics:
+            made.load(build.metrics_server() / "image.tar")
         for archive in self.options.images:
             made.load(Path(archive))
 
@@ -257,6 +272,22 @@ class Cluster:
             self._join(number)
             self.await_ready([number])
         return number
+
+    def add_metrics_server(self) -> None:
+        """Give a cluster metrics-server that was brought up without; return once it answers.
+
+        It is built if it is not in the cache. Each pod is in it once its node has measured the
+        pod twice, which takes up to a minute. Does nothing where it is already.
+        """
+        image = build.metrics_server() / "image.tar"
+        with machine.alone(), machine.marking(self.home):
+            known = self._known()
+            for number in self.nodes_up():
+                self.node(number).load(image)
+            # Nodes that come later get the image by this.
+            options = replace(self.options, metrics=True)
+            put(self.home / _STATE, {**known, "options": options.as_json()})
+            self._deploy_metrics_server()
 
     def crash(self, number: int) -> None:
         """Switch a node off as a power failure would; its disk is kept."""

@@ -1,9 +1,11 @@
 """The control plane: etcd, API server, controller manager and scheduler, in the host's namespaces.
 
 It answers on the host's address on the cluster's own bridge only; etcd on the loopback. Nobody
-starts these again when they end: a test that kills one wants it dead. Called by cluster.py.
+starts these again when they end: a test that kills one says when. Called by cluster.py.
 """
 
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -40,12 +42,21 @@ class ControlPlane:
         return self.home / "log" / f"{program}.log"
 
     def _start(self, program: str, *flags: str) -> None:
+        if self._runs(program):
+            return
         command: list[str | Path] = [self.programs.kubernetes / program, *flags]
         machine.launch(self.home, self._log(program), command)
         until(f"{program} to start", lambda: self._runs(program), _STARTED_S)
 
     def _runs(self, program: str) -> bool:
         return program in machine.marked(self.home).values()
+
+    def kill(self, *programs: str) -> None:
+        """End programs with SIGKILL; nobody starts them again but `start_api`."""
+        for pid, program in machine.marked(self.home).items():
+            if program in programs:
+                os.kill(pid, signal.SIGKILL)
+        until("their end", lambda: not any(map(self._runs, programs)), _STARTED_S)
 
     def make(self) -> None:
         """Make the authority, everyone's certificates and kubeconfigs."""
@@ -66,7 +77,7 @@ class ControlPlane:
             pki.kubeconfig(name, self.home / f"{name}.kubeconfig")
 
     def start_api(self) -> None:
-        """Start etcd and the API server, without waiting for them to be ready."""
+        """Start etcd and the API server where they do not run, without waiting for them."""
         self._start(
             "etcd",
             "--name=e",

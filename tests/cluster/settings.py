@@ -35,7 +35,11 @@ MAXIMUM_NODES: Final = 99
 
 PAUSE_IMAGE: Final = "localhost/architect-pause:1"
 DNS_IMAGE: Final = "localhost/architect-coredns:1"
-DNS_MANIFEST: Final = Path(__file__).resolve().parent / "kube" / "coredns" / "dns.yaml"
+METRICS_IMAGE: Final = "localhost/architect-metrics-server:1"
+
+_KUBE: Final = Path(__file__).resolve().parent / "kube"
+DNS_MANIFEST: Final = _KUBE / "coredns" / "dns.yaml"
+METRICS_MANIFEST: Final = _KUBE / "metrics-server" / "metrics.yaml"
 
 
 def node_name(number: int) -> str:
@@ -75,6 +79,8 @@ class Options:
     """Folders of the host that every node sees at the same path."""
     dns: bool = True
     """Whether CoreDNS is deployed."""
+    metrics: bool = False
+    """Whether metrics-server is: `kubectl top` and the autoscaler ask it."""
     handlers: Mapping[str, Handler] = field(default_factory=dict)
     reserved: Mapping[str, str] = field(default_factory=lambda: {"memory": "1Gi"})
     """The kubelet's systemReserved. Each node sees the whole machine: this makes it smaller."""

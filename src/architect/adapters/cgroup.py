@@ -14,6 +14,8 @@ from typing import Final
 
 _ROOT: Final = Path("/sys/fs/cgroup")
 
+_UNLIMITED: Final = 1 << 60
+"""Values near 2**63 are v1's way to say that there is no memory limit."""
 _RESTORE_HEADROOM: Final = 64 << 20
 """Bytes added to a memory limit while CRIU, which is in the cgroup then, restores."""
 
@@ -117,11 +119,10 @@ class Cgroup:
                 (self.memory, ("memory.limit_in_bytes",)),
             ]
         found = []
-        for level in (lambda folder: folder.parent, lambda folder: folder):
-            for folder, names in wanted:
-                for file in (level(folder) / name for name in names):
-                    with contextlib.suppress(OSError):
-                        found.append((str(file), file.read_text().strip()))
+        outer = [(folder.parent, names) for folder, names in wanted]
+        for file in (folder / name for folder, names in (*outer, *wanted) for name in names):
+            with contextlib.suppress(OSError):
+                found.append((str(file), file.read_text().strip()))
         return found
 
 
@@ -131,8 +132,7 @@ def _no_quota(now: str) -> str | None:
 
 
 def _more(now: str) -> str | None:
-    # Values near 2**63 are v1's way to say "no limit".
-    return None if now == "max" or int(now) > 1 << 60 else str(int(now) + _RESTORE_HEADROOM)
+    return None if now == "max" or int(now) > _UNLIMITED else str(int(now) + _RESTORE_HEADROOM)
 
 
 def leave(pid: int) -> None:
@@ -154,12 +154,29 @@ def raise_limits(limits: Sequence[tuple[str, str]]) -> None:
 
     In this order, outermost first: a cgroup's limit may not exceed its parent's.
     """
+    for name, value in lowered(limits):
+        with contextlib.suppress(OSError):
+            Path(name).write_text(value)
+
+
+def lowered(limits: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of ``limits`` that are lower now."""
+    found = []
     for name, value in limits:
-        file = Path(name)
         with contextlib.suppress(OSError, ValueError):
-            now = file.read_text().strip()
-            if _amount(now) < _amount(value):
-                file.write_text(value)
+            if _amount(Path(name).read_text().strip()) < _amount(value):
+                found.append((name, value))
+    return found
+
+
+def memory_limit(limits: Sequence[tuple[str, str]]) -> float | None:
+    """The innermost memory limit among ``limits``, in bytes; infinite for none, None if it is not there."""
+    found = None
+    for name, value in limits:
+        if name.endswith(("/memory.max", "/memory.limit_in_bytes")):
+            amount = _amount(value)
+            found = math.inf if amount > _UNLIMITED else amount
+    return found
 
 
 def _amount(value: str) -> float:

@@ -1,7 +1,9 @@
 """The run directory: a file system of its own, made when it is first needed, gone when nothing needs it.
 
 Why: kept mounts, pinned maps and CRIU in memory are mounted below it, and must not spread into the mount
-namespaces of others; and what a wake writes there must not wait for a disk, which /run is on some machines.
+namespaces of others, nor into copies of the whole tree that pods with a hostPath volume of / get: these
+would keep busy what is unmounted here. And what a wake writes there must not wait for a disk, which /run
+is on some machines.
 
 Called by the daemon at its start and end, and by the door before it writes a container's record.
 """
@@ -20,7 +22,7 @@ from architect.contract import paths
 from architect.contract.errors import ArchitectError
 
 _MS_BIND: Final = 1 << 12
-_MS_PRIVATE: Final = 1 << 18
+_MS_UNBINDABLE: Final = 1 << 17
 _OPTIONS: Final = "size=64m,mode=0755"
 _MOUNTED: Final = (paths.HOT, paths.BPF, paths.RUN)
 """What this program mounts, innermost first."""
@@ -48,7 +50,7 @@ def held() -> Iterator[None]:
                 _mount(str(paths.RUN), paths.RUN, "", _MS_BIND, "")
             else:
                 _mount("tmpfs", paths.RUN, "tmpfs", 0, _OPTIONS)
-            _mount("none", paths.RUN, "", _MS_PRIVATE, "")
+            _mount("none", paths.RUN, "", _MS_UNBINDABLE, "")
         paths.CONTAINERS.mkdir(mode=0o700, exist_ok=True)
         yield
 

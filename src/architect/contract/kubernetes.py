@@ -35,7 +35,9 @@ FEATURE_LABEL_PREFIX: Final = "feature.architect.loopholelabs.io/"
 REMOVAL_ANNOTATION: Final = PREFIX + "removal"
 REMOVAL_REQUESTED: Final = "requested"
 REMOVAL_DONE: Final = "done"
-"""On a node: requested by the chart's pre-delete hook, done by architectd when all is awake."""
+REMOVAL_WITHDRAWN: Final = "withdrawn"
+"""On a node: requested by the chart's pre-delete hook, done by architectd when all is awake; withdrawn by
+the hook if another node could not be left."""
 WAKE_REQUESTED: Final = PREFIX + "wake-requested"
 """On a pod: RFC 3339 time at which the webhook saw somebody attach to it."""
 

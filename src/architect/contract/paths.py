@@ -29,6 +29,8 @@ PREFIX: Final = Path("/usr/local/lib/architect")
 LIBEXEC: Final = PREFIX / "libexec"
 BUNDLE: Final = PREFIX / "criu"
 """CRIU with its own loader and libraries."""
+NODE_PROGRAM: Final = PREFIX / "venv/bin/architect-node"
+"""Puts architect on a cluster's node, and takes it off; only where that has put it."""
 GATE_PROGRAM: Final = LIBEXEC / "gate.bpf.o"
 CRIU_HOOK: Final = LIBEXEC / "criu-hook"
 CRIU_COMPAT: Final = LIBEXEC / "criu-compat.so"

@@ -144,4 +144,6 @@ class Request(msgspec.Struct, kw_only=True):
     pid: int = 0
     pod: str = ""
     container: str = ""
+    resources: str = ""
+    """Of an update: the limits asked for, as the OCI specification's LinuxResources."""
     follow: bool = False

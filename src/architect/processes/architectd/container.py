@@ -27,9 +27,11 @@ from architect.contract.errors import ArchitectError
 from architect.contract.records import ContainerRecord, Row
 from architect.contract.states import Action, Happening, State
 from architect.decisions import life
+from architect.decisions.limits import Verdict
 from architect.processes.architectd import subject as subjects
 from architect.processes.architectd.clock import IdleClock
 from architect.processes.architectd.context import Context
+from architect.processes.architectd.limits import Limits
 from architect.processes.architectd.reporter import Reporter
 from architect.processes.architectd.subject import NotAsleep
 from architect.processes.architectd.traffic import Traffic
@@ -60,6 +62,7 @@ class ManagedContainer:
         self._keeper: Keeper | None = None
         self._hook: criu.DumpHook | None = None
         self._report = Reporter(record, context.events)
+        self._limits = Limits(record)
         self._traffic = Traffic(record, settings, context.gates, self.clock, self._report)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -190,8 +193,7 @@ class ManagedContainer:
         status = await self._keeper.ask("status")
         self.record.keeper, self.clock.init = status.keeper, status.init
         self.clock.cgroup = cgroup.Cgroup.of(status.keeper)
-        cgroup.return_limits(self.record.lifted)
-        self.record.lifted = {}
+        self._limits.put_back()
         await self._traffic.join(self._packets)
         self._keeper.watch(self._news)
         self.save()
@@ -323,6 +325,7 @@ class ManagedContainer:
         if self._keeper is not None:
             self._keeper.close()
         self._traffic.leave()
+        self._limits.cancel()
         mounts.release(self._run / "mnt")
         self._store.drop()
         for name in os.listdir(self._run) if self._run.exists() else ():
@@ -399,6 +402,10 @@ class ManagedContainer:
             self._report.event(
                 "Warning", f"runc does not know the new init, exec will fail: {error}"
             )
+
+    def update(self, resources: str) -> Verdict:
+        """Whether runc may change its limits."""
+        return self._limits.judge(resources, self.state)
 
     def updated(self) -> None:
         """runc has changed its limits, and written back the init that it had read before."""
@@ -549,8 +556,7 @@ class ManagedContainer:
                 self._unfit = False
                 self._remove_ipc()
             if self.clock.cgroup is not None:
-                cgroup.raise_limits(self.record.limits)
-                self.record.lifted = self.clock.cgroup.lift_limits()
+                await self._limits.lift(self.clock.cgroup)
                 if self.record.lifted:
                     self.save()
             try:
@@ -594,9 +600,7 @@ class ManagedContainer:
         )
 
     def _return_limits(self) -> None:
-        if self.record.lifted:
-            cgroup.return_limits(self.record.lifted)
-            self.record.lifted = {}
+        if self._limits.put_back():
             self.save()
 
     def _news(self, status: KeeperStatus | None) -> None:
@@ -661,8 +665,8 @@ class ManagedContainer:
         match action:
             case Action.REPORT_DOWN:
                 self.clock.failures = 0
-                if self.record.pod_uid and self.clock.cgroup is not None:
-                    self.record.limits = self.clock.cgroup.limits()
+                if self.clock.cgroup is not None:
+                    self._limits.remember(self.clock.cgroup)
                 self.record.last_scale_down_ms = _since(self._began)
                 self._report.down(self._why, self._checkpoint_bytes)
             case Action.REPORT_UP:

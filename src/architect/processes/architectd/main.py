@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import fcntl
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -55,6 +56,11 @@ def _arguments(words: list[str]) -> argparse.Namespace:
         choices=[one.value for one in Monitor],
         default=DEFAULTS.monitor.value,
         help="network-monitor of containers whose pod does not say (default none)",
+    )
+    parser.add_argument(
+        "--distro",
+        default="auto",
+        help="kubernetesDistro of the chart, for architect-node uninstall at the end",
     )
     found = parser.parse_args(words)
     if found.kubernetes is not None and not found.node:
@@ -128,6 +134,10 @@ def main() -> None:
         print(f"architectd: {error}", file=sys.stderr)
         sys.exit(1)
     lock.close()
+    if paths.REMOVED.exists():
+        # Everything is awake: what `architect-node install` did to the node is undone.
+        words = [str(paths.NODE_PROGRAM), "uninstall", "--host", "/", "--distro", given.distro]
+        os.execv(words[0], words)
     rundir.release()
 
 

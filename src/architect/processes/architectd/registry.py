@@ -52,16 +52,26 @@ class Registry:
         return None if managed is None or managed.state is State.ENDED else managed
 
     def named(self, pod: str, container: str) -> list[ManagedContainer]:
-        """The managed containers of a pod, or one of them.
+        """The managed containers of a pod (``NAME`` or ``NAMESPACE/NAME``), or one of them.
 
         Raises:
-            NoSuchContainer: there is none.
+            NoSuchContainer: there is none, or there are some in several namespaces.
         """
+        namespace, _, name = pod.rpartition("/")
         found = [
             one
             for one in self.all()
-            if one.record.pod == pod and container in ("", one.record.container)
+            if one.record.pod == name
+            and namespace in ("", one.record.namespace)
+            and container in ("", one.record.container)
         ]
+        namespaces = sorted({one.record.namespace for one in found})
+        if len(namespaces) > 1:
+            raise NoSuchContainer(
+                what=f"pod {pod}",
+                why=f"there is one in each of the namespaces {', '.join(namespaces)}",
+                fix=f"write for example {namespaces[0]}/{name}",
+            )
         if not found:
             what = f"pod {pod}" + (f", container {container}" if container else "")
             raise NoSuchContainer(
@@ -146,15 +156,23 @@ class Registry:
         for managed in self.all():
             managed.follow(managed.record.annotations, ContainerSettings(managed.record.container))
 
+    def resume(self) -> None:
+        """architect stays after all: what was managed before is again."""
+        self._retired = False
+        for managed in self.all():
+            managed.follow(managed.record.annotations, self._settings(managed.record))
+
     def busy(self) -> list[ManagedContainer]:
         """After :meth:`retire`: what is not awake with all its memory yet."""
         return [one for one in self.all() if one.state not in (State.RUNNING, State.CREATED)]
 
     def _make(self, record: ContainerRecord, state: State) -> ManagedContainer:
-        settings = parse(record.annotations, None, self._context.defaults).container(
-            record.container
-        )
+        settings = self._settings(record)
         return ManagedContainer(record, settings, self._context, state)
+
+    def _settings(self, record: ContainerRecord) -> ContainerSettings:
+        pod = parse(record.annotations, None, self._context.defaults)
+        return pod.container(record.container)
 
     # ---- after a start of the daemon -----------------------------------------------------------------
 

@@ -17,10 +17,15 @@ from architect.adapters import events
 from architect.contract import paths
 from architect.contract.errors import ArchitectError
 from architect.contract.records import Request
+from architect.decisions.limits import Verdict
 from architect.processes.architectd.context import Context
 from architect.processes.architectd.registry import Registry
 
 _LINE_LIMIT: Final = 1 << 20
+
+
+class LimitsRefused(ArchitectError):
+    """Lower limits would kill a container that has just woken."""
 
 
 class Server:
@@ -33,6 +38,7 @@ class Server:
             "create": self._create,
             "created": self._created,
             "started": self._started,
+            "update": self._update,
             "updated": self._updated,
             "deleted": self._deleted,
             "ps": self._ps,
@@ -92,6 +98,19 @@ class Server:
     async def _started(self, request: Request) -> str:
         self._registry.started(request.id)
         return "ok"
+
+    async def _update(self, request: Request) -> str:
+        managed = self._registry.get(request.id)
+        if managed is None:
+            return Verdict.APPLY.value
+        verdict = managed.update(request.resources)
+        if verdict is not Verdict.REFUSE:
+            return str(verdict.value)
+        raise LimitsRefused(
+            what=f"the limits of {managed.name} stay as they are",
+            why="the container has just woken, and lower ones were meant for the sleeper",
+            fix="none needed: the kubelet asks again, with what the pod requests by then",
+        )
 
     async def _updated(self, request: Request) -> str:
         managed = self._registry.get(request.id)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Coroutine
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from architect.contract.kubernetes import (
     REMOVAL_ANNOTATION,
     REMOVAL_DONE,
     REMOVAL_REQUESTED,
+    REMOVAL_WITHDRAWN,
 )
 from architect.processes.architectd.cluster.log import log
 from architect.processes.architectd.cluster.pods import Pods
@@ -41,12 +43,19 @@ class NodeSide:
         self._registry = registry
         self._pods = pods
         self._leaving: asyncio.Task[None] | None = None
+        self._labels: list[str] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self.informer = Informer(kube, Node, fields=f"metadata.name={name}")
         self.informer.add_handler(self._changed)
 
     async def show(self) -> None:
         """Probes the node and writes labels and condition; tries again until that has succeeded."""
+        if paths.REMOVED.exists():
+            # Between having left and the removal's end; architect-node takes it away when it installs.
+            self._registry.retire()
+            return
         findings = await asyncio.to_thread(probes.all_findings)
+        self._labels = [FEATURE_LABEL_PREFIX + _slug(one.name) for one in findings]
         bad = [one for one in findings if one.verdict is probes.Verdict.FAIL]
         less = [one for one in findings if one.verdict is probes.Verdict.LESS]
         labels = {
@@ -65,10 +74,11 @@ class NodeSide:
 
     async def leave(self) -> None:
         """The daemon ends: says so, if the API server answers."""
-        reason = "Removed" if self._leaving is not None else "Stopped"
+        if self._leaving is not None:
+            return
         message = "architectd is not running; what runs goes on, what sleeps stays asleep"
         try:
-            await self._write_condition("False", reason, message)
+            await self._write_condition("False", "Stopped", message)
         except KubeError as error:
             log("condition not written", error=str(error))
 
@@ -95,10 +105,16 @@ class NodeSide:
     # ---- removal ------------------------------------------------------------------------------------
 
     def _changed(self, change: Change[Node]) -> None:
-        if change.new is None or self._leaving is not None:
+        if change.new is None:
             return
-        if change.new.annotations.get(REMOVAL_ANNOTATION) == REMOVAL_REQUESTED:
+        asked = change.new.annotations.get(REMOVAL_ANNOTATION)
+        if asked == REMOVAL_REQUESTED and self._leaving is None:
             self._leaving = asyncio.create_task(self._leave_node())
+        elif asked == REMOVAL_WITHDRAWN:
+            self._stay()
+        elif asked == REMOVAL_DONE and self._leaving is None and not paths.REMOVED.exists():
+            # Of an earlier installation.
+            self._background(self._insist(_annotation(None)))
 
     async def _leave_node(self) -> None:
         log("leaving the node", containers=len(self._registry.all()))
@@ -108,9 +124,32 @@ class NodeSide:
             for managed in busy:
                 self._pods.stale(managed.record.pod_uid)
         paths.REMOVED.touch()
-        await self._condition("False", "Removed", "architect has left this node")
-        await self._insist({"metadata": {"annotations": {REMOVAL_ANNOTATION: REMOVAL_DONE}}})
+        # The account that may write this goes with the chart.
+        gone = {"type": READY_CONDITION, "$patch": "delete"}
+        await self._insist({"status": {"conditions": [gone]}}, "status")
+        await self._insist({"metadata": {"labels": dict.fromkeys(self._labels)}})
+        await self._insist(_annotation(REMOVAL_DONE))
         log("left the node")
+
+    def _stay(self) -> None:
+        """The chart stays installed, because another node could not be left."""
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+        log("staying on the node")
+        paths.REMOVED.unlink(missing_ok=True)
+        self._registry.resume()
+        self._background(self._insist(_annotation(None)))
+        self._background(self.show())
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _annotation(value: str | None) -> dict[str, Any]:
+    return {"metadata": {"annotations": {REMOVAL_ANNOTATION: value}}}
 
 
 def _condition(status: str, reason: str, message: str) -> dict[str, Any]:

@@ -1,0 +1,3 @@
+module architect.test/example-go
+
+go 1.24.0

@@ -1,0 +1,198 @@
+"""Whatever is killed while a pod hibernates or wakes: nothing is lost, and the pod shows the truth again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from bench.valkey import Valkey, fill, wrong
+from tests.cluster.base import ClusterError
+from tests.e2e.site import PORT, PREFIX, Site, container, managing, pod, soon
+
+pytestmark = pytest.mark.cluster
+
+MEGABYTES = 30
+RESOURCES = {"requests": {"cpu": "100m", "memory": "128Mi"}}
+
+
+def _api(site: Site) -> None:
+    site.cluster.control_plane.kill("kube-apiserver")
+    site.cluster.control_plane.start_api()
+    site.cluster.control_plane.await_api()
+
+
+def _etcd(site: Site) -> None:
+    site.cluster.control_plane.kill("etcd")
+    site.cluster.control_plane.start_api()
+    site.cluster.control_plane.await_api()
+
+
+def _kubelet(site: Site) -> None:
+    site.cluster.node(1).kill("kubelet")
+
+
+def _containerd(site: Site) -> None:
+    site.cluster.node(1).kill("containerd")
+
+
+def _component(site: Site, app: str, node: str = "") -> None:
+    """Kills a component's process where its pod is; the kubelet starts it again."""
+    fields = f"--field-selector=spec.nodeName={node}" if node else "--field-selector="
+    found = site.cluster.get("pods", "--namespace=architect", f"--selector=app={app}", fields)
+    for one in found["items"]:
+        status = one["status"]["containerStatuses"][0]
+        id_ = status["containerID"].rpartition("/")[2]
+        number = int(one["spec"]["nodeName"].removeprefix("k8n"))
+        site.cluster.node(number).run(
+            "/opt/containerd/ctr", "-n", "k8s.io", "tasks", "kill", "--signal", "KILL", id_
+        )
+
+
+def _manager(site: Site) -> None:
+    _component(site, "architect-manager")
+
+
+def _control_plane(site: Site) -> None:
+    _component(site, "architect-control-plane")
+
+
+def _daemon(site: Site) -> None:
+    _component(site, "architectd", "k8n1")
+
+
+VICTIMS: dict[str, Callable[[Site], None]] = {
+    "apiserver": _api,
+    "etcd": _etcd,
+    "kubelet": _kubelet,
+    "containerd": _containerd,
+    "manager": _manager,
+    "control-plane": _control_plane,
+    "architectd": _daemon,
+}
+
+
+def _all_ready(site: Site) -> bool:
+    pods = site.cluster.get("pods", "--namespace=architect")["items"]
+    return all(
+        any(c["type"] == "Ready" and c["status"] == "True" for c in one["status"]["conditions"])
+        for one in pods
+        if one["status"]["phase"] == "Running"
+    )
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_killed_amid_hibernation_and_wake(site: Site, victim: str) -> None:
+    here = {"nodeSelector": {"kubernetes.io/hostname": "k8n1"}}
+    site.start(pod("app", [container(resources=RESOURCES)], managing(seconds=1), **here))
+    client = site.connect("app")
+    keys = fill(client, MEGABYTES)
+    address = site.pod("app")["status"]["podIP"]
+
+    # Amid a hibernation: it begins a second after the last packet.
+    def hibernates() -> bool:
+        return site.rows("k8n1")[0]["state"] in ("SCALING_DOWN", "SCALED_DOWN")
+
+    soon("the hibernation to begin", hibernates)
+    VICTIMS[victim](site)
+    assert wrong(client, keys) == 0
+
+    # Amid a wake.
+    soon("it to hibernate", lambda: site.rows("k8n1")[0]["state"] == "SCALED_DOWN", 60)
+    other: list[object] = []
+
+    def ask() -> None:
+        fresh = Valkey(address, PORT)
+        other.append(fresh("PING"))
+        fresh.close()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    VICTIMS[victim](site)
+    asking.join(40)
+    assert other == [b"PONG"]
+    assert wrong(client, keys) == 0
+
+    soon("all components to be ready", lambda: _all_ready(site), 90)
+    # And the pod shows the truth again, in both directions.
+    soon("it to hibernate", lambda: site.rows("k8n1")[0]["state"] == "SCALED_DOWN", 60)
+    site.asleep("app")
+    site.settled("app", "0", "1")
+    assert wrong(client, keys) == 0
+    site.awake("app")
+    assert site.restarts("app") == 0
+    client.close()
+
+
+def test_hibernates_and_wakes_while_the_api_is_away(site: Site) -> None:
+    here = {"nodeSelector": {"kubernetes.io/hostname": "k8n1"}}
+    site.start(pod("app", [container(resources=RESOURCES)], managing(seconds=1), **here))
+    client = site.connect("app")
+    site.asleep("app")
+    site.cluster.control_plane.kill("kube-apiserver")
+    try:
+        for _ in range(3):
+            began = time.monotonic()
+            assert client("PING") == b"PONG"
+            assert time.monotonic() - began < 5
+            soon("it to hibernate", lambda: site.rows("k8n1")[0]["state"] == "SCALED_DOWN")
+        client("SET", "while", "away")
+    finally:
+        site.cluster.control_plane.start_api()
+        site.cluster.control_plane.await_api()
+    site.asleep("app")
+    site.settled("app", "0", "1")
+    # What happened meanwhile is told.
+    assert soon("the events", lambda: site.events("app", "ScaledUp"))
+    assert client("GET", "while") == b"away"
+    client.close()
+
+
+def test_pod_that_ends_for_good_leaves_nothing(site: Site) -> None:
+    here = {"nodeSelector": {"kubernetes.io/hostname": "k8n1"}}
+    site.start(pod("app", **here))
+    node = site.cluster.node(1)
+    client = site.connect("app")
+    client("SET", "secret", "s3cr3t-" * 1000)
+    client.close()
+    site.asleep("app")
+    (id_,) = (row["id"] for row in site.rows("k8n1"))
+    modes = node.run(
+        "find", "/var/lib/architect/checkpoints", "-path", f"*{id_}*", "-printf", "%m %U %y\\n"
+    )
+    files = [line for line in modes.splitlines() if line.endswith("f")]
+    assert files
+    assert set(files) == {"600 0 f"}
+    assert node.run("stat", "-c", "%a", "/var/lib/architect/checkpoints").strip() == "700"
+    site.kubectl("delete", "pod", "app", "--wait=true")
+
+    def left() -> str:
+        return node.run("find", "/var/lib/architect", "/run/architect", "-path", f"*{id_}*")
+
+    soon("its files to go", lambda: not left())
+
+
+def test_pod_that_reaches_for_ours_is_refused(site: Site) -> None:
+    for path in (
+        "/run/architect",
+        "/run/architect/architectd.sock",
+        "/var/lib/architect/checkpoints",
+        "/usr/local/lib/architect/libexec",
+        "/var/lib",
+        "/",
+    ):
+        volumes = [{"name": "theirs", "hostPath": {"path": path}}]
+        message = site.refused(pod("thief", volumes=volumes))
+        assert path in message
+        assert "volumes" in message
+
+
+def test_status_is_written_by_architect_alone(site: Site) -> None:
+    forged = pod("app")
+    forged["metadata"]["labels"]["status.architect.loopholelabs.io/valkey"] = "SCALED_DOWN"
+    assert "status.architect.loopholelabs.io/valkey" in site.refused(forged)
+    site.start(pod("app", notes=managing(seconds=600)))
+    with pytest.raises(ClusterError, match="cpu-requests"):
+        site.kubectl("annotate", "pod", "app", PREFIX + 'cpu-requests={"valkey":"8"}')
