@@ -37,7 +37,7 @@ def _is_unwanted(path: str) -> bool:
 def _members(root: Path) -> Iterator[tuple[Path, str]]:
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
-        if path.is_dir() and not path.is_symlink():
+        if not path.is_symlink() and path.is_dir():
             if not name.startswith(_UNWANTED) or any(path.rglob("copyright")):
                 yield path, name
         elif not _is_unwanted(name):

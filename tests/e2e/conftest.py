@@ -59,6 +59,8 @@ def site(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Site]:
     name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[-50:].strip("-")
     before = request.session.testsfailed
     with Site(installed, "default").within(name) as site:
+        # A test before this one may have killed some.
+        site.await_components()
         yield site
         if request.session.testsfailed > before:
             for words in (("get", "pods", "-o", "wide"), ("get", "events")):

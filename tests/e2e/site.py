@@ -29,6 +29,7 @@ NODES: Final = ("k8n1", "k8n2")
 """Run managed pods; k8n3 has the manager and the control plane."""
 CRITICAL: Final = "k8n3"
 SOON_S: Final = 40.0
+COMPONENTS_S: Final = 120.0
 
 T = TypeVar("T")
 
@@ -110,6 +111,8 @@ class Site:
     def __init__(self, cluster: Cluster, namespace: str) -> None:
         self.cluster = cluster
         self.namespace = namespace
+        self.killed: set[str] = set()
+        """Ids of the chart's containers that the test has killed."""
         self._clients: list[Valkey] = []
 
     @contextlib.contextmanager
@@ -124,6 +127,22 @@ class Site:
             for client in site._clients:
                 client.close()
             self.cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+
+    def await_components(self) -> None:
+        """Waits until every pod of the chart is ready, none with a container that a test has killed.
+
+        The kubelet waits longer each time before it starts again what was killed again.
+        """
+        soon("all components to be ready", self._components_ready, COMPONENTS_S)
+
+    def _components_ready(self) -> bool:
+        pods = self.cluster.get("pods", "--namespace=architect")["items"]
+        ids = {
+            status.get("containerID", "").rpartition("/")[2]
+            for one in pods
+            for status in one["status"]["containerStatuses"]
+        }
+        return all(map(is_ready, pods)) and not ids & self.killed
 
     # ---- kubectl ----------------------------------------------------------------------------------
 

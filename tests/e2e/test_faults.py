@@ -45,6 +45,7 @@ def _component(site: Site, app: str, node: str = "") -> None:
     for one in found["items"]:
         status = one["status"]["containerStatuses"][0]
         id_ = status["containerID"].rpartition("/")[2]
+        site.killed.add(id_)
         number = int(one["spec"]["nodeName"].removeprefix("k8n"))
         site.cluster.node(number).run(
             "/opt/containerd/ctr", "-n", "k8s.io", "tasks", "kill", "--signal", "KILL", id_
@@ -74,15 +75,6 @@ VICTIMS: dict[str, Callable[[Site], None]] = {
 }
 
 
-def _all_ready(site: Site) -> bool:
-    pods = site.cluster.get("pods", "--namespace=architect")["items"]
-    return all(
-        any(c["type"] == "Ready" and c["status"] == "True" for c in one["status"]["conditions"])
-        for one in pods
-        if one["status"]["phase"] == "Running"
-    )
-
-
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_killed_amid_hibernation_and_wake(site: Site, victim: str) -> None:
     here = {"nodeSelector": {"kubernetes.io/hostname": "k8n1"}}
@@ -100,6 +92,7 @@ def test_killed_amid_hibernation_and_wake(site: Site, victim: str) -> None:
     assert wrong(client, keys) == 0
 
     # Amid a wake.
+    site.await_components()
     soon("it to hibernate", lambda: site.rows("k8n1")[0]["state"] == "SCALED_DOWN", 60)
     other: list[object] = []
 
@@ -115,7 +108,7 @@ def test_killed_amid_hibernation_and_wake(site: Site, victim: str) -> None:
     assert other == [b"PONG"]
     assert wrong(client, keys) == 0
 
-    soon("all components to be ready", lambda: _all_ready(site), 90)
+    site.await_components()
     # And the pod shows the truth again, in both directions.
     soon("it to hibernate", lambda: site.rows("k8n1")[0]["state"] == "SCALED_DOWN", 60)
     site.asleep("app")

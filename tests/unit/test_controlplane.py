@@ -398,7 +398,7 @@ def test_a_conflict_is_decided_anew() -> None:
 
 # -- the lease ----------------------------------------------------------------------------------------
 
-TERMS = Terms(duration_s=0.5, renew_deadline_s=0.3, retry_s=0.05)
+TERMS = Terms(duration_s=2.0, renew_deadline_s=1.5, retry_s=0.05)
 
 
 class Contender:
@@ -409,13 +409,14 @@ class Contender:
     def __init__(self, kube: Kube, name: str, leaders: set[str]) -> None:
         self.name = name
         self.leaders = leaders
+        self.clashed = False
         self.election = Election(kube, "it", "architect", name, TERMS)
         self.task = asyncio.create_task(self.election.lead(self._work))
 
     async def _work(self) -> None:
+        self.clashed = bool(self.leaders)
         self.leaders.add(self.name)
         try:
-            assert self.leaders == {self.name}, "two leaders"
             await asyncio.Event().wait()
         finally:
             self.leaders.discard(self.name)
@@ -437,7 +438,7 @@ def test_one_of_three_leads_and_the_next_follows_at_once() -> None:
             lease = await kube.get(Lease, "it", "architect")
             assert (lease.spec.holderIdentity, lease.spec.leaseTransitions or 0) == (name, turn)
             # It keeps it: longer than the lease lasts without being renewed.
-            end = loop.time() + 2 * TERMS.duration_s
+            end = loop.time() + 1.2 * TERMS.duration_s
             while loop.time() < end:
                 assert leaders == {name}
                 await asyncio.sleep(0.02)
@@ -456,9 +457,11 @@ def test_of_those_that_find_the_lease_free_at_once_one_wins() -> None:
         await server.put("leases", "it", "architect", spec={"holderIdentity": ""})
         leaders: set[str] = set()
         contenders = [Contender(kube, name, leaders) for name in "abcdef"]
+        # All have read it before the first has written, and each has its answer when it reads again.
         await until("each to have tried", lambda: server.asked("PUT") >= len(contenders))
-        assert len(leaders) == 1
-        assert sum(one.election.leading for one in contenders) == 1
+        await until("each to try again", lambda: server.asked("GET") >= 2 * len(contenders))
+        await until("a leader", lambda: len(leaders) == 1)
+        assert not any(one.clashed for one in contenders)
         for one in contenders:
             await one.end()
 
@@ -495,7 +498,7 @@ def test_times_in_the_lease_mean_nothing() -> None:
             begun = loop.time()
             contender = Contender(kube, "a", leaders)
             await until("the leader", lambda leaders=leaders: leaders == {"a"})  # type: ignore[misc]
-            assert 1.0 <= loop.time() - begun < 2.0
+            assert 1.0 <= loop.time() - begun < 4.0
             await contender.end()
 
     run(test)
@@ -554,12 +557,9 @@ def test_an_uninstall_waits_until_all_is_awake() -> None:
         tasks = [asyncio.create_task(obeys(server, name)) for name in ("n1", "n2")]
         stop = asyncio.Event()
         await remove(kube, "architect", deadline_s=10, force_after_s=None, stop=stop)
-        await asyncio.gather(*tasks)
-        assert [annotation(server, name) for name in ("n1", "n2", "stranger")] == [
-            "done",
-            "done",
-            None,
-        ]
+        assert all(task.done() for task in tasks)
+        # And nothing of ours stays on the nodes.
+        assert {annotation(server, name) for name in ("n1", "n2", "stranger")} == {None}
 
     run(test)
 
@@ -580,7 +580,7 @@ def test_an_uninstall_fails_for_a_node_that_does_not_answer_and_lets_hibernation
             "node n2 does not answer: no architectd is ready on it, and it has ns/p asleep" in text
         )
         assert "--force-after" in text
-        assert [annotation(server, name) for name in ("n1", "n2")] == [None, None]
+        assert {annotation(server, name) for name in ("n1", "n2")} == {"withdrawn"}
 
     run(test)
 

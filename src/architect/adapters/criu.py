@@ -201,6 +201,8 @@ async def run(words: Sequence[str], environment: Mapping[str, str], pid_file: Pa
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
         start_new_session=True,
+        # Its log names files and addresses; the images it keeps to itself anyway.
+        umask=0o077,
     )
     _shield(process.pid)
     with contextlib.suppress(OSError):

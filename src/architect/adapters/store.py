@@ -88,7 +88,7 @@ class Store:
                 created=datetime.now(UTC).isoformat(timespec="milliseconds"),
                 files=files,
             )
-            (place / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
+            _write(place / _MANIFEST, msgspec.json.encode(manifest))
             # The largest first: one journal commit then covers all the small ones.
             for file in sorted(files, key=lambda record: -record.size):
                 _fsync(place / file.name)
@@ -195,7 +195,7 @@ class Store:
             return
         digests = {file.name: list(_chunk_digests(file)) for file in _page_files(place)}
         fresh = place / f"{_DIGESTS}.new"
-        fresh.write_bytes(msgspec.json.encode(PageDigests(chunk=_CHUNK, files=digests)))
+        _write(fresh, msgspec.json.encode(PageDigests(chunk=_CHUNK, files=digests)))
         fresh.rename(place / _DIGESTS)
 
     def damaged_pages(self, place: Path) -> list[str]:
@@ -248,6 +248,16 @@ def _image_files(place: Path) -> list[str]:
 
 def _page_files(place: Path) -> list[Path]:
     return sorted(place.glob("pages-*.img"))
+
+
+def _write(file: Path, data: bytes) -> None:
+    """For nobody but root: a checkpoint holds what the program had in its memory."""
+    with open(file, "wb", opener=_private) as target:
+        target.write(data)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _record(file: str) -> FileRecord:

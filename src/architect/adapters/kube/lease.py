@@ -28,6 +28,9 @@ from architect.adapters.kube.resources import Lease
 
 _log: Final = logging.getLogger(__name__)
 
+_RELEASES: Final = 3
+"""Tries to give the lease up: only a renewal of our own can come in between."""
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -189,19 +192,24 @@ class Election:
         return True
 
     async def _release(self) -> None:
-        found = self._seen
-        if found is None or found.spec.holderIdentity != self._identity:
+        if self._seen is None:
             return
-        now = _micro(datetime.datetime.now(datetime.UTC))
-        spec = {
-            "holderIdentity": "",
-            "leaseDurationSeconds": 1,
-            "acquireTime": now,
-            "renewTime": now,
-            "leaseTransitions": found.spec.leaseTransitions or 0,
-        }
         with contextlib.suppress(KubeError):
-            await self._put(found, spec)
+            # A renewal that was cancelled may still have been written, or be written in between: read again.
+            for _ in range(_RELEASES):
+                found = await self._kube.get(Lease, self._name, self._namespace)
+                if found.spec.holderIdentity != self._identity:
+                    return
+                now = _micro(datetime.datetime.now(datetime.UTC))
+                spec = {
+                    "holderIdentity": "",
+                    "leaseDurationSeconds": 1,
+                    "acquireTime": now,
+                    "renewTime": now,
+                    "leaseTransitions": found.spec.leaseTransitions or 0,
+                }
+                if await self._put(found, spec):
+                    return
 
 
 def _micro(when: datetime.datetime) -> str:

@@ -112,6 +112,8 @@ def main() -> None:
     """Program; exit status 1 with one line on stderr if another daemon runs or the machine is unfit."""
     given = _arguments(sys.argv[1:])
     paths.STATE.mkdir(parents=True, mode=0o755, exist_ok=True)
+    paths.CHECKPOINTS.mkdir(exist_ok=True)
+    paths.CHECKPOINTS.chmod(0o700)
     lock = paths.DAEMON_LOCK.open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

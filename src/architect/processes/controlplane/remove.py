@@ -15,7 +15,14 @@ from typing import Final
 from architect.adapters.kube.client import Kube, KubeError
 from architect.adapters.kube.resources import Node, Pod
 from architect.contract.errors import ArchitectError
-from architect.contract.kubernetes import NODE_LABEL, REMOVAL_ANNOTATION, SCALED_DOWN
+from architect.contract.kubernetes import (
+    NODE_LABEL,
+    REMOVAL_ANNOTATION,
+    REMOVAL_DONE,
+    REMOVAL_REQUESTED,
+    REMOVAL_WITHDRAWN,
+    SCALED_DOWN,
+)
 from architect.decisions import podstatus, removal
 from architect.decisions.removal import NodeView, Standing
 from architect.processes.controlplane.controller import is_daemon, is_ours, is_ready
@@ -26,7 +33,6 @@ DEADLINE_S: Final = 270.0
 """Less than the 5 min after which helm gives a hook up, so that the reason is still told."""
 LOOK_S: Final = 1.0
 """Between two looks at the cluster."""
-REQUESTED: Final = "requested"
 
 
 class NotRemoved(ArchitectError):
@@ -102,8 +108,9 @@ async def remove(
             try:
                 nodes = await look(kube, namespace)
                 for node in nodes:
-                    if node.removal is None and removal.standing(node) is not Standing.NOTHING:
-                        await _annotate(kube, node.name, REQUESTED)
+                    is_asked = node.removal in (REMOVAL_REQUESTED, REMOVAL_DONE)
+                    if not is_asked and removal.standing(node) is not Standing.NOTHING:
+                        await _annotate(kube, node.name, REMOVAL_REQUESTED)
                         asked.add(node.name)
                 now = loop.time()
                 answering = []
@@ -118,6 +125,10 @@ async def remove(
                     answering.append(node)
                 waiting = removal.waits_for(answering)
                 if not waiting:
+                    for node in nodes:
+                        if node.removal == REMOVAL_DONE:
+                            # architectd knows by a mark of its own: nothing of ours stays on the node.
+                            await _annotate(kube, node.name, None)
                     _warn(nodes)
                     return
             except KubeError as error:
@@ -175,6 +186,6 @@ async def _annotate(kube: Kube, node: str, value: str | None) -> None:
 async def _withdraw(kube: Kube, nodes: set[str]) -> None:
     for node in nodes:
         try:
-            await _annotate(kube, node, None)
+            await _annotate(kube, node, REMOVAL_WITHDRAWN)
         except KubeError as error:
             _log.warning("node %s still is asked to stop hibernating: %s", node, error)
