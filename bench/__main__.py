@@ -9,9 +9,15 @@ import subprocess
 import sys
 from typing import Any
 
-from bench import footprint, harness, throughput, wakes
+from bench import cluster, controlplane, footprint, harness, throughput, wakes
 
-PARTS = {"wakes": wakes, "footprint": footprint, "throughput": throughput}
+PARTS = {
+    "wakes": wakes,
+    "footprint": footprint,
+    "throughput": throughput,
+    "cluster": cluster,
+    "controlplane": controlplane,
+}
 
 
 def table(records: list[dict[str, Any]]) -> str:

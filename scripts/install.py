@@ -44,6 +44,7 @@ PREFIX = Path("/usr/local/lib/architect")
 LINKS = {
     "architect": PREFIX / "venv/bin/architect",
     "architectd": PREFIX / "venv/bin/architectd",
+    "kubectl-architect": PREFIX / "venv/bin/kubectl-architect",
     "runc-architect": PREFIX / "libexec/runc-architect",
 }
 BIN = Path("/usr/local/bin")

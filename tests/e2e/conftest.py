@@ -1,8 +1,12 @@
 """The cluster of the end-to-end tests: brought up with the chart for the first, gone after the last.
 
-A developer who has one with the chart installed already (`make cluster UP=--metrics`, `make
-cluster-load` of the images, `make cluster-install`) saves its minute with ARCHITECT_CLUSTER=.cluster;
-it is then left as it was.
+The nodes that run managed pods have the two containerds that architect supports, with the two
+versions of its configuration: k8n1 a 2.1, k8n2 a 1.7. So one run covers both: the scheduler puts
+pods on either, and a test that is about one node's engine can name it.
+
+A developer who has one with the chart installed already (`make cluster UP="--metrics
+--old-containerd 2"`, `make cluster-load` of the images, `make cluster-install`) saves its minute with
+ARCHITECT_CLUSTER=.cluster; it is then left as it was.
 """
 
 import os
@@ -21,6 +25,8 @@ from tests.cluster.settings import Options
 from tests.e2e.site import IMAGE, TOOLS, Site, archive
 
 HOME: Final = BUILD / "test-cluster"
+OLD: Final = 2
+"""The number of the node with containerd 1.7."""
 
 
 def _up(folder: Path) -> Cluster:
@@ -31,7 +37,10 @@ def _up(folder: Path) -> Cluster:
         pytest.fail(str(failure))
     made = Cluster(HOME)
     made.down()
-    made.up(Options(nodes=3, images=tuple(map(str, archives)), metrics=True), programs)
+    options = Options(
+        nodes=3, images=tuple(map(str, archives)), metrics=True, old_containerd=(OLD,)
+    )
+    made.up(options, programs)
     return made
 
 

@@ -1,6 +1,7 @@
 """What wakes a hibernated container, by every way there is to reach it."""
 
 import json
+import sys
 import threading
 import urllib.request
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench.valkey import Valkey
+from tests.cluster import machine
+from tests.cluster.base import ClusterError, run
 from tests.cluster.settings import node_address
 from tests.e2e.site import PORT, TOOLS, Site, container, managing, pod, service, soon
 
@@ -140,25 +143,35 @@ def test_without_network_monitor_traffic_does_not_wake_and_is_not_reset(site: Si
     assert site.exec("app", "valkey-cli", "ping") == "PONG"
 
 
-def test_kubectl_architect_verbs_on_the_node(site: Site) -> None:
+def plugin(site: Site, *words: str) -> str:
+    """`kubectl architect …` as a user runs it, with the plug-in on the PATH."""
+    programs = site.cluster.programs.kubernetes
+    env = machine.environment(site.cluster.home)
+    env["KUBECONFIG"] = str(site.cluster.control_plane.admin)
+    env["PATH"] = f"{programs}:{Path(sys.executable).parent}:{env['PATH']}"
+    return run("kubectl", "architect", *words, env=env, timeout_s=60)
+
+
+def test_kubectl_architect(site: Site) -> None:
     site.start(pod("app", [container()], managing(seconds=600)))
-    node = site.pod("app")["spec"]["nodeName"]
-    (row,) = site.rows(node)
+    here = ("--namespace", site.namespace)
+    (row,) = json.loads(plugin(site, "ps", *here, "-o", "json"))
     assert (row["pod"], row["container"], row["state"]) == ("app", "valkey", "RUNNING")
-    (daemon,) = (
-        one["metadata"]["name"]
-        for one in json.loads(
-            site.cluster.kubectl(
-                "get", "pods", "--namespace=architect", "--selector=app=architectd", "-o", "json"
-            )
-        )["items"]
-        if one["spec"]["nodeName"] == node
-    )
-    within = ("exec", "--namespace=architect", daemon, "--")
-    site.cluster.kubectl(*within, "architect", "sleep", "app")
+    assert "SCALED_DOWN" in plugin(site, "sleep", "app", *here)
     site.asleep("app")
     # As the guide asks what checkpoints take on the disk.
-    size, _ = site.cluster.kubectl(*within, "du", "-s", "/var/lib/architect/checkpoints/").split()
+    daemons = site.cluster.get("pods", "--namespace=architect", "--selector=app=architectd")[
+        "items"
+    ]
+    node = site.pod("app")["spec"]["nodeName"]
+    (daemon,) = (one["metadata"]["name"] for one in daemons if one["spec"]["nodeName"] == node)
+    size, _ = site.cluster.kubectl(
+        "exec", "--namespace=architect", daemon, "--", "du", "-s", "/var/lib/architect/checkpoints/"
+    ).split()
     assert int(size) > 1000
-    site.cluster.kubectl(*within, "architect", "wake", "app")
+    assert "RUNNING" in plugin(site, "wake", "app", *here)
     site.awake("app")
+    assert "app/valkey woke: command" in plugin(site, "events")
+    assert plugin(site, "check").count("ok    CRIU") == len(daemons)
+    with pytest.raises(ClusterError, match="nosuch"):
+        plugin(site, "sleep", "nosuch", *here)

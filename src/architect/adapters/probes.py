@@ -170,7 +170,9 @@ def _network_gate() -> Finding:
 
 
 def _runc() -> Finding:
-    path = shutil.which("runc", path="/usr/bin:/usr/sbin:/usr/local/bin:/usr/local/sbin")
+    # As runc-architect looks for it; the link is of a node whose distribution keeps it elsewhere.
+    places = f"{paths.LIBEXEC}:/usr/bin:/usr/sbin:/usr/local/bin:/usr/local/sbin"
+    path = shutil.which("runc", path=places)
     found = path or "not found"
     if path:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)

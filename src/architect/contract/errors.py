@@ -38,6 +38,13 @@ class ArchitectError(Exception):
         return f"{line}; {self.fix}" if self.fix else line
 
 
+def as_error(error: Exception, what: str) -> ArchitectError:
+    """Any failure as one of ours; ``what`` failed if it does not say so itself."""
+    if isinstance(error, ArchitectError):
+        return error
+    return ArchitectError(what=what, why=str(error), fix="see docs/troubleshooting.md")
+
+
 class InvalidDuration(ArchitectError):
     """Text that Go's ``time.ParseDuration`` would not take."""
 

@@ -23,7 +23,7 @@ from architect.adapters.keeper import Keeper, KeeperError, KeeperStatus, PagerSt
 from architect.adapters.store import Store
 from architect.contract import paths
 from architect.contract.annotations import MANAGED_CONTAINERS, ContainerSettings
-from architect.contract.errors import ArchitectError
+from architect.contract.errors import ArchitectError, as_error
 from architect.contract.records import ContainerRecord, Row
 from architect.contract.states import Action, Happening, State
 from architect.decisions import life
@@ -93,7 +93,9 @@ class ManagedContainer:
             if self.state not in (State.ENDED, State.SCALING_UP):
                 self.save()  # Not on the way of a wake, which changes nothing that is recorded.
             self._waiters.settle(self.state, self.name, self._failure, self._why)
-            self._context.changed(self.record.pod_uid)
+            if self.state is not State.SCALING_UP:
+                # Nor is what the API is told, which takes some milliseconds of CPU.
+                self._context.changed(self.record.pod_uid)
 
     async def wake(self, why: str) -> None:
         """Returns when the program runs.
@@ -449,7 +451,7 @@ class ManagedContainer:
             words = criu.dump_words(subject, images)
             status = await criu.run(words, self._hook.environment, self._run / "dump.pid")
         except (ArchitectError, GateError, OSError) as error:
-            self._failure = _as_error(error, f"{self.name} could not be hibernated")
+            self._failure = as_error(error, f"{self.name} could not be hibernated")
         finally:
             if self._hook is not None:
                 self._hook.close()
@@ -517,7 +519,7 @@ class ManagedContainer:
         try:
             self._store.commit(self.record.generation)
         except OSError as error:
-            self._failure = _as_error(error, f"{self.name} could not be hibernated, it runs on")
+            self._failure = as_error(error, f"{self.name} could not be hibernated, it runs on")
             if self._hook is not None:
                 self._hook.answer(end_it=False)
             return
@@ -569,7 +571,7 @@ class ManagedContainer:
             if self.state is State.ENDED:
                 return
             self._unfit = True
-            self._failure = _as_error(error, f"{self.name} could not be woken")
+            self._failure = as_error(error, f"{self.name} could not be woken")
             if isinstance(error, KeeperError):
                 self._failure = self._restore_failure(error.why)
             self._return_limits()
@@ -688,12 +690,6 @@ class ManagedContainer:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._report.log("internal error", error=repr(task.exception()))
-
-
-def _as_error(error: Exception, what: str) -> ArchitectError:
-    if isinstance(error, ArchitectError):
-        return error
-    return ArchitectError(what=what, why=str(error), fix="see docs/troubleshooting.md")
 
 
 def _since(began: float) -> float:

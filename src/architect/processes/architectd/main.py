@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import fcntl
 import gc
 import os
@@ -14,8 +15,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Final
 
-from architect.adapters import hot, rundir
+from architect.adapters import heap, hot, rundir
 from architect.adapters.bpf import ensure_bpffs
 from architect.adapters.events import EventLog
 from architect.adapters.gate import GateError
@@ -26,6 +28,9 @@ from architect.processes.architectd.context import Context
 from architect.processes.architectd.gates import Gates
 from architect.processes.architectd.registry import Registry
 from architect.processes.architectd.server import Server
+
+_TRIM_S: Final = 60.0
+"""Seconds between two times that unused memory is given back."""
 
 
 def _duration(text: str) -> int:
@@ -99,7 +104,11 @@ async def serve(given: argparse.Namespace) -> None:
     # What lives now lives long: keep the collector from walking it at each wake.
     gc.collect()
     gc.freeze()
-    await stop.wait()
+    while not stop.is_set():
+        heap.trim()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TRIM_S):
+                await stop.wait()
     server.close()
     paths.DAEMON_SOCKET.unlink(missing_ok=True)
     if side is not None:
@@ -111,6 +120,7 @@ async def serve(given: argparse.Namespace) -> None:
 def main() -> None:
     """Program; exit status 1 with one line on stderr if another daemon runs or the machine is unfit."""
     given = _arguments(sys.argv[1:])
+    heap.share_one()
     paths.STATE.mkdir(parents=True, mode=0o755, exist_ok=True)
     paths.CHECKPOINTS.mkdir(exist_ok=True)
     paths.CHECKPOINTS.chmod(0o700)

@@ -78,7 +78,7 @@ def ps(output: OutputOption = Output.TABLE) -> None:
     """List the managed containers."""
     from architect.processes.cli import client
 
-    _rows(client.ask(Request(verb="ps")), output)
+    show_rows(client.ask(Request(verb="ps")), output)
 
 
 @app.command()
@@ -88,7 +88,7 @@ def sleep(
     """Hibernate a pod's managed containers now."""
     from architect.processes.cli import client
 
-    _rows(client.ask(Request(verb="sleep", pod=pod, container=container)), output)
+    show_rows(client.ask(Request(verb="sleep", pod=pod, container=container)), output)
 
 
 @app.command()
@@ -98,7 +98,7 @@ def wake(
     """Wake a pod's managed containers now."""
     from architect.processes.cli import client
 
-    _rows(client.ask(Request(verb="wake", pod=pod, container=container)), output)
+    show_rows(client.ask(Request(verb="wake", pod=pod, container=container)), output)
 
 
 @app.command()
@@ -112,13 +112,14 @@ def events(
 
     if follow:
         for line in client.lines(Request(verb="events", follow=True)):
-            _event(msgspec.json.decode(line, type=Event), output)
+            show_event(msgspec.json.decode(line, type=Event), output)
         return
     for event in log.read(paths.EVENTS):
-        _event(event, output)
+        show_event(event, output)
 
 
-def _event(event: Event, output: Output) -> None:
+def show_event(event: Event, output: Output) -> None:
+    """Prints one event."""
     if output is Output.JSON:
         print(msgspec.json.encode(event).decode(), flush=True)
         return
@@ -129,7 +130,8 @@ def _event(event: Event, output: Output) -> None:
     print(f"{event.time}  {event.reason:<16}  {event.message}{tail}", flush=True)
 
 
-def _rows(encoded: str, output: Output) -> None:
+def show_rows(encoded: str, output: Output) -> None:
+    """Prints rows of `architect ps`, given as JSON."""
     if output is Output.JSON:
         print(encoded)
         return
