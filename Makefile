@@ -26,16 +26,16 @@ demo: install image-valkey ## See a valkey vanish and come back
 	$(VENV)/python examples/valkey/demo.py
 
 .PHONY: test
-test: setup-test install images lint ## All checks and tests; real engines and guests included
-	$(VENV)/python -m pytest -m "not cluster" $(PYTEST)
+test: setup-all install images lint ## All checks and tests, on real engines, guests and a real cluster
+	$(VENV)/python -m pytest $(PYTEST)
 
 .PHONY: test-cluster
-test-cluster: setup-test setup-cluster ## Tests of the test cluster itself; its first build takes ten minutes
-	$(VENV)/python -m pytest -m cluster tests/cluster $(PYTEST)
+test-cluster: setup-all native bundle images ## Only those on the cluster; its first build takes ten minutes
+	$(VENV)/python -m pytest -m cluster tests/cluster tests/e2e $(PYTEST)
 
 .PHONY: bench
-bench: setup-test install images ## Benchmarks, each with its peers; results in bench/results
-	$(VENV)/python -m bench
+bench: setup-all install images ## Benchmarks, each with its peers; results in bench/results
+	PYTHONPATH=.:scripts $(VENV)/python -m bench $(BENCH)
 
 .PHONY: install
 install: setup native bundle ## Put architect on this machine and register its runtime
@@ -51,11 +51,14 @@ lint: setup-test ## ruff, mypy, import-linter
 	$(VENV)/mypy $(CHECKED)
 	$(VENV)/lint-imports --no-cache
 
-.PHONY: setup setup-test
+.PHONY: setup setup-test setup-all
 setup: ## Debian packages and the Python environment that building and running take
 	@scripts/setup runtime build
 setup-test: ## The same, with what the tests take
 	@scripts/setup runtime build test
+
+setup-all: ## The same, with what the test cluster and the components' image take
+	@scripts/setup runtime build test cluster image
 
 .PHONY: setup-cluster
 setup-cluster: ## The same for building and running, with what the test cluster takes

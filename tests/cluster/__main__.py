@@ -51,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--no-dns", action="store_true", help="without CoreDNS")
     up.add_argument("--metrics", action="store_true", help="with metrics-server")
     up.add_argument(
+        "--old-containerd",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="a node that runs containerd 1.7",
+    )
+    up.add_argument(
         "--handlers",
         type=_json,
         default={},
@@ -89,6 +97,7 @@ def _up(cluster: Cluster, given: argparse.Namespace) -> None:
             "share": [str(Path(path).resolve()) for path in given.share],
             "dns": not given.no_dns,
             "metrics": given.metrics,
+            "old_containerd": given.old_containerd,
             "handlers": given.handlers,
             "reserved": given.reserved,
             "kubelet": given.kubelet,

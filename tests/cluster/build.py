@@ -1,4 +1,5 @@
-"""Builds the cluster's programs from Go modules at pinned versions: `programs()`.
+"""Builds the cluster's programs from Go modules at pinned versions: `programs()`, and what only
+some clusters have: `metrics_server()`, `old_containerd()`.
 
 Why from source: the machines that run the tests reach Debian's mirrors and the Go module proxy,
 and no image registry. Each part is a folder in kube/ with go.mod and go.sum, which pin every
@@ -92,6 +93,7 @@ class Part:
 
 
 _CONTAINERD: Final = "github.com/containerd/containerd/v2/cmd"
+_OLD_CONTAINERD: Final = "github.com/containerd/containerd/cmd"
 _CNI: Final = "github.com/containernetworking/plugins/plugins"
 
 PARTS: Final = (
@@ -144,6 +146,17 @@ METRICS_SERVER: Final = Part(
     "metrics-server", ("sigs.k8s.io/metrics-server/cmd/metrics-server",), ("metrics-server",)
 )
 """Not one of PARTS: it is built for those clusters only that have it."""
+OLD_CONTAINERD: Final = Part(
+    "containerd-1.7",
+    (
+        f"{_OLD_CONTAINERD}/containerd",
+        f"{_OLD_CONTAINERD}/containerd-shim-runc-v2",
+        f"{_OLD_CONTAINERD}/ctr",
+    ),
+    ("containerd", "containerd-shim-runc-v2", "ctr"),
+    tags=("no_aufs", "no_btrfs", "no_zfs", "no_devmapper", "no_tracing"),
+)
+"""Not one of PARTS either."""
 
 _IMAGES: Final = {"coredns": DNS_IMAGE, METRICS_SERVER.name: METRICS_IMAGE}
 """Parts whose first program runs in a pod."""
@@ -197,6 +210,11 @@ def _compile(part: Part, go: Path, new: Path) -> None:
         (new / link).symlink_to(part.programs[0])
 
 
+def _builds(folder: Path, name: str) -> list[Path]:
+    """Every build of that part in the cache, and none of a part whose name begins the same."""
+    return [path for path in folder.glob(f"{name}-*") if path.name.rpartition("-")[0] == name]
+
+
 @contextmanager
 def _replacing(folder: Path, name: str, key: str) -> Iterator[Path]:
     """A new folder that becomes folder/NAME-KEY when the block ends well."""
@@ -206,7 +224,7 @@ def _replacing(folder: Path, name: str, key: str) -> Iterator[Path]:
         yield new
         target = folder / f"{name}-{key}"
         replace_tree(new, target)
-        keep_only(target, folder.glob(f"{name}-*"))
+        keep_only(target, _builds(folder, name))
 
 
 def _pause(folder: Path) -> Path:
@@ -254,6 +272,15 @@ def metrics_server() -> Path:
     """
     with _cache() as folder:
         return _part(METRICS_SERVER, folder, [])
+
+
+def old_containerd() -> Path:
+    """The folder with containerd 1.7 and its shim and ctr, built if it is not in the cache.
+
+    Raises Failure.
+    """
+    with _cache() as folder:
+        return _part(OLD_CONTAINERD, folder, [])
 
 
 def programs() -> Programs:

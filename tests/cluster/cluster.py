@@ -152,8 +152,16 @@ class Cluster:
             raise ClusterError(f"{options.nodes} nodes", "cannot be", f"1 to {MAXIMUM_NODES}")
         for archive in options.images:
             images.names(Path(archive))
+        unknown = [one for one in options.old_containerd if not 1 <= one <= MAXIMUM_NODES]
+        if unknown:
+            raise ClusterError(
+                f"node {unknown[0]} with containerd 1.7", "cannot be", f"1 to {MAXIMUM_NODES}"
+            )
+        # Built before others have to wait for the cluster.
         if options.metrics:
-            build.metrics_server()  # before others have to wait for the cluster
+            build.metrics_server()
+        if options.old_containerd:
+            programs = replace(programs, old_containerd=build.old_containerd())
         with machine.alone(), machine.marking(self.home):
             if self._is_complete():
                 say("cluster", f"is up already: {', '.join(sorted(self.ready()))} are Ready")
@@ -163,7 +171,7 @@ class Cluster:
             self.home.mkdir(parents=True, exist_ok=True)
             state = {
                 "options": options.as_json(),
-                "programs": {name: str(path) for name, path in asdict(programs).items()},
+                "programs": {name: str(path) for name, path in asdict(programs).items() if path},
                 "record": machine.Record.take().as_json(),
             }
             put(self.home / _STATE, state)

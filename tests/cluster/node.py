@@ -56,6 +56,22 @@ class Node:
         return node_name(self.number)
 
     @property
+    def has_old_containerd(self) -> bool:
+        """Whether it runs containerd 1.7."""
+        return self.number in self.options.old_containerd
+
+    @property
+    def containerd(self) -> Path:
+        """The folder that is its /opt/containerd. Raises ClusterError if it was not built."""
+        if not self.has_old_containerd:
+            return self.programs.containerd
+        if self.programs.old_containerd is None:
+            raise ClusterError(
+                f"{self.name}'s containerd 1.7", "was not built", "`down`, then `up`"
+            )
+        return self.programs.old_containerd
+
+    @property
     def folder(self) -> Path:
         """What it has on the host: its root, its boot script and log."""
         return self.home / "nodes" / self.name
@@ -89,7 +105,10 @@ class Node:
         put(kubernetes / "kubelet.json", configuration)
         put(kubernetes / "proxy.json", nodefiles.proxy(self.number))
         put(kubernetes / "supervise", nodefiles.SUPERVISOR, 0o755)
-        put(etc / "containerd/config.toml", nodefiles.containerd(self.options.handlers))
+        configuration_of = (
+            nodefiles.old_containerd if self.has_old_containerd else nodefiles.containerd
+        )
+        put(etc / "containerd/config.toml", configuration_of(self.options.handlers))
         put(etc / "cni/net.d/10-pods.conflist", nodefiles.cni(self.number))
 
     def _lay_out(self) -> None:
@@ -119,7 +138,7 @@ class Node:
         cgroups.create(self.name)
         places = {
             "kubernetes": self.programs.kubernetes,
-            "containerd": self.programs.containerd,
+            "containerd": self.containerd,
             "runc": self.programs.runc,
             "cni/bin": self.programs.cni,
         }

@@ -40,6 +40,8 @@ _DISABLED_PLUGINS: Final = (
     "io.containerd.snapshotter.v1.zfs",
     "io.containerd.tracing.processor.v1.otlp",
 )
+"""Whatever the version: containerd takes a name that it has not."""
+_STATS: Final = ("stats_collect_period = 60",)
 
 
 def command(program: str, number: int) -> list[str]:
@@ -168,44 +170,72 @@ def cni(number: int) -> dict[str, Any]:
 
 def containerd(handlers: Mapping[str, Handler]) -> str:
     """containerd's configuration, version 3 (containerd 2)."""
-    runtime = 'plugins."io.containerd.cri.v1.runtime"'
     image = 'plugins."io.containerd.cri.v1.images"'
-    lines = [
-        "version = 3",
+    return "\n".join(
+        [
+            *_top(3),
+            f"[{image}]",
+            *_STATS,
+            f"[{image}.pinned_images]",
+            f"sandbox = {json.dumps(PAUSE_IMAGE)}",
+            *_runtime('plugins."io.containerd.cri.v1.runtime"', (), handlers),
+            'bin_dirs = ["/opt/cni/bin"]',
+            "",
+        ]
+    )
+
+
+def old_containerd(handlers: Mapping[str, Handler]) -> str:
+    """The same settings in version 2 (containerd 1.7), where one plugin has them all."""
+    images = (*_STATS, f"sandbox_image = {json.dumps(PAUSE_IMAGE)}")
+    return "\n".join(
+        [
+            *_top(2),
+            *_runtime('plugins."io.containerd.grpc.v1.cri"', images, handlers),
+            'bin_dir = "/opt/cni/bin"',
+            "",
+        ]
+    )
+
+
+def _top(version: int) -> list[str]:
+    return [
+        f"version = {version}",
         'root = "/var/lib/containerd"',
         'state = "/run/containerd"',
         "oom_score = 0",
         f"disabled_plugins = {json.dumps(_DISABLED_PLUGINS)}",
         "[debug]",
         'level = "warn"',
-        f"[{image}]",
-        "stats_collect_period = 60",
-        f"[{image}.pinned_images]",
-        f"sandbox = {json.dumps(PAUSE_IMAGE)}",
-        f"[{runtime}]",
+    ]
+
+
+def _runtime(plugin: str, more: Sequence[str], handlers: Mapping[str, Handler]) -> list[str]:
+    """The tables of the plugin that runs pods, `more` settings in the first; the last is its cni."""
+    lines = [
+        f"[{plugin}]",
+        *more,
         # Without CAP_SYS_RESOURCE no Guaranteed pod's sandbox would start otherwise: runc may not
         # lower its OOM score ("can't get final child's PID from pipe: EOF").
         "restrict_oom_score_adj = true",
         "disable_apparmor = true",
         "tolerate_missing_hugetlb_controller = true",
         "disable_hugetlb_controller = true",
-        f"[{runtime}.cni]",
-        'bin_dirs = ["/opt/cni/bin"]',
-        'conf_dir = "/etc/cni/net.d"',
-        f"[{runtime}.containerd]",
+        f"[{plugin}.containerd]",
         'default_runtime_name = "runc"',
     ]
     for name, handler in {"runc": Handler(_RUNC), **handlers}.items():
         lines += [
-            f"[{runtime}.containerd.runtimes.{name}]",
+            f"[{plugin}.containerd.runtimes.{name}]",
             'runtime_type = "io.containerd.runc.v2"',
             f"pod_annotations = {json.dumps(handler.pod_annotations)}",
             f"container_annotations = {json.dumps(handler.container_annotations)}",
-            f"[{runtime}.containerd.runtimes.{name}.options]",
+            f"[{plugin}.containerd.runtimes.{name}.options]",
             "SystemdCgroup = false",
             f"BinaryName = {json.dumps(handler.binary)}",
         ]
-    return "\n".join(lines) + "\n"
+    # Last, for where the plugins are has a name of its own in each version.
+    return [*lines, f"[{plugin}.cni]", 'conf_dir = "/etc/cni/net.d"']
 
 
 def etc(number: int) -> dict[str, str]:

@@ -81,6 +81,8 @@ class Options:
     """Whether CoreDNS is deployed."""
     metrics: bool = False
     """Whether metrics-server is: `kubectl top` and the autoscaler ask it."""
+    old_containerd: tuple[int, ...] = ()
+    """Numbers of the nodes that run containerd 1.7, also of such as are added later."""
     handlers: Mapping[str, Handler] = field(default_factory=dict)
     reserved: Mapping[str, str] = field(default_factory=lambda: {"memory": "1Gi"})
     """The kubelet's systemReserved. Each node sees the whole machine: this makes it smaller."""
@@ -98,7 +100,7 @@ class Options:
         Raises TypeError for a field that there is not.
         """
         values = dict(found)
-        for name in ("images", "share"):
+        for name in ("images", "share", "old_containerd"):
             values[name] = tuple(values.get(name, ()))
         values["handlers"] = {
             name: Handler(
@@ -122,6 +124,8 @@ class Programs:
     helm: Path
     coredns: Path
     pause: Path
+    old_containerd: Path | None = None
+    """containerd 1.7; None where no node runs it."""
 
     @property
     def kubectl(self) -> Path:

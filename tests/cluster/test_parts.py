@@ -3,6 +3,8 @@
 import io
 import json
 import tarfile
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 
 from tests.cluster import build, cgroups, images, nodefiles, toolchain
 from tests.cluster.base import ClusterError, put, run, until
-from tests.cluster.settings import Handler, Options
+from tests.cluster.node import Node
+from tests.cluster.settings import Handler, Options, Programs
 
 CONTROLLERS = frozenset({"cpu", "cpuacct", "memory", "pids"})
 
@@ -85,10 +88,31 @@ def test_the_hierarchy_of_version_2() -> None:
 
 
 def test_every_part_has_its_pinned_modules() -> None:
-    for part in build.PARTS:
+    parts = (*build.PARTS, build.METRICS_SERVER, build.OLD_CONTAINERD)
+    for part in parts:
         assert (part.source / "go.sum").exists(), part.name
         assert part.key == part.key
-    assert len({part.key for part in build.PARTS}) == len(build.PARTS)
+    assert len({part.key for part in parts}) == len(parts)
+
+
+def test_a_build_replaces_its_own_part_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, other = tmp_path / f"containerd-{'0' * 16}", tmp_path / f"containerd-1.7-{'1' * 16}"
+    for path in (old, other):
+        path.mkdir()
+    monkeypatch.setattr(build, "_compile", lambda part, go, new: (new / "made").touch())
+    containerd = next(part for part in build.PARTS if part.name == "containerd")
+    made = build._part(containerd, tmp_path, [Path("go")])
+    assert (made / "made").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {made.name, other.name}
+
+
+def test_the_containerds_are_of_the_versions_that_they_are_there_for() -> None:
+    containerd = next(part for part in build.PARTS if part.name == "containerd")
+    assert containerd.required("github.com/containerd/containerd/v2").startswith("v2.1.")
+    old = build.OLD_CONTAINERD.required("github.com/containerd/containerd")
+    assert old.startswith("v1.7.")
 
 
 def test_a_program_says_the_version_it_is_pinned_to() -> None:
@@ -112,7 +136,13 @@ def test_the_version_of_a_go(said: str, version: tuple[int, int]) -> None:
 
 
 def test_options_survive_their_file() -> None:
-    given = Options(nodes=2, share=("/a",), handlers={"x": Handler("/b", ("c/*",))}, dns=False)
+    given = Options(
+        nodes=2,
+        share=("/a",),
+        handlers={"x": Handler("/b", ("c/*",))},
+        dns=False,
+        old_containerd=(2, 4),
+    )
     assert Options.from_json(json.loads(json.dumps(given.as_json()))) == given
     assert Options.from_json({}) == Options()
 
@@ -122,6 +152,37 @@ def test_a_runtime_handler_is_in_containerds_configuration() -> None:
     assert 'BinaryName = "/usr/local/bin/r"' in text
     assert 'pod_annotations = ["a/*"]' in text
     assert text.count("SystemdCgroup = false") == 2
+
+
+def test_both_containerds_have_the_same_settings() -> None:
+    handlers = {"recorder": Handler("/usr/local/bin/r", ("a/*",), ("b/*",))}
+    new = tomllib.loads(nodefiles.containerd(handlers))
+    old = tomllib.loads(nodefiles.old_containerd(handlers))
+    assert (new.pop("version"), old.pop("version")) == (3, 2)
+    pods = new["plugins"].pop("io.containerd.cri.v1.runtime")
+    images = new["plugins"].pop("io.containerd.cri.v1.images")
+    both = old["plugins"].pop("io.containerd.grpc.v1.cri")
+    assert new == old
+    pods["cni"]["bin_dir"] = pods["cni"].pop("bin_dirs")[0]
+    images["sandbox_image"] = images.pop("pinned_images")["sandbox"]
+    assert both == {**pods, **images}
+
+
+def test_a_node_has_the_containerd_that_the_options_say(tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("kubernetes", "runc", "cni", "helm")}
+    programs = Programs(
+        **folders,
+        coredns=tmp_path,
+        pause=tmp_path,
+        containerd=tmp_path / "new",
+        old_containerd=tmp_path / "old",
+    )
+    options = Options(old_containerd=(2,))
+    found = [Node(tmp_path, number, options, programs).containerd for number in (1, 2, 3)]
+    assert [path.name for path in found] == ["new", "old", "new"]
+    unbuilt = Node(tmp_path, 2, options, replace(programs, old_containerd=None))
+    with pytest.raises(ClusterError, match=r"k8n2's containerd 1\.7: was not built"):
+        _ = unbuilt.containerd
 
 
 def test_errors_say_what_why_and_what_to_do(tmp_path: Path) -> None:

@@ -143,6 +143,54 @@ def test_hibernates_and_wakes_while_the_api_is_away(site: Site) -> None:
     client.close()
 
 
+def test_a_killed_shim_ends_the_container_as_under_runc(site: Site) -> None:
+    here = {"nodeSelector": {"kubernetes.io/hostname": "k8n1"}}
+    site.start(pod("app", [container(resources=RESOURCES)], **here))
+    site.asleep("app")
+    node = site.cluster.node(1)
+    status = site.pod("app")["status"]["containerStatuses"][0]
+    id_ = status["containerID"].rpartition("/")[2]
+    keeper = node.run("sh", "-c", f"pgrep -f 'keeper .*{id_}' | head -1").strip()
+    shim = node.run("ps", "-o", "ppid=", "-p", keeper).strip()
+    node.run("kill", "-KILL", shim)
+    soon(
+        "the kubelet to start it again", lambda: site.restarts("app") > 0 and site.ready("app"), 90
+    )
+    soon("the old one's files to go", lambda: not _left(site, id_))
+    # And it is managed as before.
+    site.asleep("app")
+    client = site.connect("app")
+    assert client("PING") == b"PONG"
+    client.close()
+
+
+def test_power_failure_of_a_node(site: Site) -> None:
+    here = {"nodeSelector": {"kubernetes.io/hostname": "k8n1"}}
+    site.start(pod("app", [container(resources=RESOURCES)], **here))
+    site.asleep("app")
+    site.settled("app", "0", "1")
+    id_ = site.rows("k8n1")[0]["id"]
+    site.cluster.crash(1)
+    site.cluster.boot(1)
+    soon("the container to be started anew", lambda: site.restarts("app") > 0, 120)
+    site.await_components()
+    soon("its requests to be back", lambda: _requests(site) == RESOURCES["requests"])
+    soon("the old checkpoint to go", lambda: not _left(site, id_))
+    site.asleep("app")
+    assert site.exec("app", "valkey-cli", "ping") == "PONG"
+
+
+def _requests(site: Site) -> object:
+    return site.pod("app")["spec"]["containers"][0]["resources"]["requests"]
+
+
+def _left(site: Site, id_: str) -> str:
+    """What the node still has of a container."""
+    return site.cluster.node(1).run(
+        "find", "/var/lib/architect", "/run/architect", "-path", f"*{id_}*"
+    )
+
+
 def test_pod_that_ends_for_good_leaves_nothing(site: Site) -> None:
     here = {"nodeSelector": {"kubernetes.io/hostname": "k8n1"}}
     site.start(pod("app", **here))
@@ -160,11 +208,7 @@ def test_pod_that_ends_for_good_leaves_nothing(site: Site) -> None:
     assert set(files) == {"600 0 f"}
     assert node.run("stat", "-c", "%a", "/var/lib/architect/checkpoints").strip() == "700"
     site.kubectl("delete", "pod", "app", "--wait=true")
-
-    def left() -> str:
-        return node.run("find", "/var/lib/architect", "/run/architect", "-path", f"*{id_}*")
-
-    soon("its files to go", lambda: not left())
+    soon("its files to go", lambda: not _left(site, id_))
 
 
 def test_pod_that_reaches_for_ours_is_refused(site: Site) -> None:

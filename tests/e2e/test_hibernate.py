@@ -118,6 +118,39 @@ def test_room_is_given_back_to_the_scheduler(site: Site) -> None:
     soon("the pod's requests", lambda: site.events("first", "ResizeCompleted"))
 
 
+def test_full_quota_does_not_keep_it_asleep(site: Site) -> None:
+    quota = {"hard": {"requests.memory": "100Mi"}}
+    site.apply(
+        {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "all"}, "spec": quota}
+    )
+    small = {"requests": {"cpu": "10m", "memory": "64Mi"}}
+    site.start(pod("first", [container(resources=small)]))
+    site.asleep("first")
+    site.settled("first", "0", "1")
+    large = {"requests": {"cpu": "10m", "memory": "90Mi"}}
+    soon(
+        "the quota to have room",
+        lambda: site.apply(pod("second", [container(resources=large)], managing(seconds=600))),
+    )
+    soon("second to run", lambda: site.ready("second"))
+    client = site.connect("first")
+    assert client("PING") == b"PONG"
+    soon("an event to say so", lambda: site.events("first", "ResizeRefused"))
+    site.awake("first")
+    client.close()
+    site.kubectl("delete", "pod", "second", "--wait=true")
+    # Tried again by itself; it may hibernate in between, with nothing lost.
+    soon(
+        "the requests to be whole, or remembered",
+        lambda: "64Mi" in json.dumps(site.pod("first")),
+        60,
+    )
+    client = site.connect("first")
+    assert client("PING") == b"PONG"
+    client.close()
+    site.settled("first", "10m", "64Mi")
+
+
 def test_unmanaged_containers_of_the_class_are_left_alone(site: Site) -> None:
     site.start(pod("app", notes={}))
     site.start(pod("other", [container(), container("side", ports=[], args=["sleep", "600"])]))

@@ -172,6 +172,6 @@ def test_kubectl_architect(site: Site) -> None:
     assert "RUNNING" in plugin(site, "wake", "app", *here)
     site.awake("app")
     assert "app/valkey woke: command" in plugin(site, "events")
-    assert plugin(site, "check").count("ok    CRIU") == len(daemons)
+    assert plugin(site, "check").count("ok    root") == len(daemons)
     with pytest.raises(ClusterError, match="nosuch"):
         plugin(site, "sleep", "nosuch", *here)

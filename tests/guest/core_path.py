@@ -18,14 +18,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from unittest import mock
 
 import engines
@@ -33,74 +29,27 @@ import install
 from bench import valkey
 from common import REPOSITORY
 from record import Record
-
-DEADLINE_S: Final = 300.0
-"""For anything that is waited for."""
+from tests.guest.steps import (
+    DEADLINE_S,
+    HIBERNATED_BYTES,
+    SEEN_INSIDE,
+    Failed,
+    judged,
+    lasting,
+    require,
+    run,
+    say,
+    step,
+    until,
+)
 
 MEGABYTES: Final = 10
-HIBERNATED_BYTES: Final = 400 << 10
-"""What a hibernated container's cgroup may hold: the keeper, and what the kernel counts late."""
 
 POD: Final = REPOSITORY / "examples/valkey/pod.yaml"
 POD_PORT: Final = 6379
 POD_CONTAINER: Final = "valkey-valkey"
 LONE: Final = "solo"
 LONE_PORT: Final = 6380
-RESULTS: Final = Path("/results")
-"""What is left there is handed to the test (guest.py)."""
-
-SEEN_INSIDE: Final = ("cgroup", "limits", "oom_score_adj", "status", "mountinfo")
-"""Files of /proc/1 with what a program sees of itself and a restore must not change."""
-
-LIMITS: Final = ("cpu.max", "memory.max", "pids.max")
-"""Files of its cgroup that a wake may lift for a moment and must put back."""
-
-_MOMENTARY: Final = ("FDSize", "Hugetlb", "Rss", "SigQ", "State", "Vm", "nonvoluntary", "voluntary")
-"""Beginnings of lines in /proc/1/status that tell of a moment (proc_pid_status(5))."""
-
-T = TypeVar("T")
-_BEGAN: Final = time.monotonic()
-
-
-class Failed(Exception):
-    """A step did not hold."""
-
-
-def say(text: str) -> None:
-    """One line on the guest's output."""
-    print(f"[{time.monotonic() - _BEGAN:6.1f} s] {text}", flush=True)
-
-
-def require(holds: object, what: str) -> None:
-    """Raise Failed unless a statement holds."""
-    if not holds:
-        raise Failed(what)
-
-
-def until(condition: Callable[[], T], what: str) -> T:
-    """Wait for a condition's first true value; Failed says what was waited for."""
-    end = time.monotonic() + DEADLINE_S
-    while not (value := condition()):
-        if time.monotonic() > end:
-            raise Failed(f"after {DEADLINE_S:.0f} s still waiting for {what}")
-        select.select([], [], [], 0.1)
-    return value
-
-
-def run(*words: str | Path) -> str:
-    """Run a command that has to succeed; return what it printed."""
-    done = subprocess.run(
-        words,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
-    if done.returncode:
-        said = "\n".join((done.stdout, done.stderr)).strip()
-        raise Failed(f"{' '.join(map(str, words))}: exit {done.returncode}: {said}")
-    return done.stdout.strip()
 
 
 def architect(*words: str) -> Any:
@@ -221,19 +170,10 @@ class Container:
 
     def identity(self) -> dict[str, list[str]]:
         """What it sees of itself; wakes it."""
-        seen: dict[str, list[str]] = {}
-        for name in SEEN_INSIDE:
-            seen[name] = run("podman", "exec", self.name, "cat", f"/proc/1/{name}").splitlines()
-        seen["status"] = [line for line in seen["status"] if not line.startswith(_MOMENTARY)]
-        seen["its limits"] = [
-            f"{name}: {(self.group / name).read_text().strip()}" for name in LIMITS
-        ]
-        # Without the ids, which each new mount gets: proc_pid_mountinfo(5).
-        seen["mountinfo"] = sorted(
-            " ".join([*line.split()[3:6], line.partition(" - ")[2].split()[0]])
-            for line in seen["mountinfo"]
-        )
-        return seen
+        seen = {
+            name: run("podman", "exec", self.name, "cat", f"/proc/1/{name}") for name in SEEN_INSIDE
+        }
+        return lasting(seen, self.group)
 
     def status(self) -> str:
         """What `podman ps` says of it."""
@@ -422,16 +362,6 @@ def uninstalled() -> None:
 # ---- all of it -------------------------------------------------------------------------------------
 
 
-@contextmanager
-def step(what: str) -> Iterator[None]:
-    """Announce a step, and say in a failure which it was."""
-    say(what)
-    try:
-        yield
-    except (Failed, OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise Failed(f"{what}: {type(error).__name__}: {error}") from error
-
-
 def core_path() -> None:
     """Every step in its order."""
     with step("install"):
@@ -474,37 +404,14 @@ def core_path() -> None:
         uninstalled()
 
 
-def leave_evidence() -> None:
-    """What is needed to find out why: logs of the daemon and of CRIU, and who is where."""
-    commands = {
-        "architectd.log": ["journalctl", "-b", "-u", install.UNIT.name, "-o", "cat", "--no-pager"],
-        "dmesg": ["dmesg"],
-        "processes": ["ps", "-eo", "pid,ppid,stat,wchan:20,cgroup:90,args"],
-        "podman": ["podman", "ps", "--all"],
-        "rules": ["nft", "list", "ruleset"],
-    }
-    for name, words in commands.items():
-        with (RESULTS / name).open("wb") as file:
-            subprocess.run(words, stdout=file, stderr=file, timeout=DEADLINE_S, check=False)
-    for root in (install.RUN / "containers", install.STATE):
-        logs = [*root.rglob("*.log"), *root.rglob("*.json"), *root.rglob("events.jsonl")]
-        for log in logs:
-            if log.is_file() and "/mnt/" not in str(log):
-                shutil.copyfile(log, RESULTS / str(log).strip("/").replace("/", "_"))
-
-
 def main() -> int:
     """Program."""
     say(" ".join((os.uname().release, run("podman", "--version"), sys.version.split()[0])))
-    try:
-        core_path()
-    except Exception as error:
-        traceback.print_exc(file=sys.stdout)
-        say(f"FAILED: {error}")
-        leave_evidence()
-        return 1
-    say("everything held")
-    return 0
+    commands = {
+        "architectd.log": ["journalctl", "-b", "-u", install.UNIT.name, "-o", "cat", "--no-pager"],
+        "podman": ["podman", "ps", "--all"],
+    }
+    return judged(core_path, commands, (install.RUN / "containers", install.STATE))
 
 
 if __name__ == "__main__":

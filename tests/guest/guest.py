@@ -132,6 +132,9 @@ udevd itself runs, as on users' nodes, and names what appears later; only its re
 kernel found at boot, five seconds long, is left out.
 """
 
+_DISABLED_UNITS: Final = ("containerd.service",)
+"""Units that a payload starts if it needs them."""
+
 _RUNNER: Final = """\
 #!/bin/sh
 # Started by payload.service: runs the payload's command once, hands back what it left, powers off.
@@ -214,9 +217,14 @@ class Release:
     kernel: str
     """The series of its stock kernel, as ``6.12``: how ``uname -r`` begins."""
 
+    packages: tuple[str, ...] = ()
+    """What it has beyond what both have."""
+
 
 DEBIAN_12: Final = Release("debian12", "bookworm", "6.1")
-DEBIAN_13: Final = Release("debian13", "trixie", "6.12")
+DEBIAN_13: Final = Release(
+    "debian13", "trixie", "6.12", ("containerd", "containernetworking-plugins")
+)
 RELEASES: Final[Mapping[str, Release]] = MappingProxyType(
     {release.name: release for release in (DEBIAN_12, DEBIAN_13)}
 )
@@ -284,6 +292,7 @@ def recipe_key(release: Release) -> str:
         dataclasses.astuple(release),
         _PACKAGES,
         _MASKED_UNITS,
+        _DISABLED_UNITS,
         dict(_TREE_FILES),
         ROOT_GB,
     ]
@@ -354,6 +363,8 @@ def _configure(tree: Path) -> None:
     (units / "default.target").symlink_to("/usr/lib/systemd/system/multi-user.target")
     wants = units / "multi-user.target.wants"
     wants.mkdir(exist_ok=True)
+    for unit in _DISABLED_UNITS:
+        (wants / unit).unlink(missing_ok=True)
     (wants / "payload.service").symlink_to("../payload.service")
 
 
@@ -379,7 +390,7 @@ def build(release: Release, cache: Path | None = None) -> Image:
             [
                 *("mmdebstrap", "--mode=root", "--variant=essential", "--components=main"),
                 f"--keyring={_KEYRING}",
-                f"--include={','.join(_PACKAGES)}",
+                f"--include={','.join((*_PACKAGES, *release.packages))}",
                 '--aptopt=APT::Install-Recommends "false"',
                 "--dpkgopt=path-exclude=/usr/share/doc/*",
                 "--dpkgopt=path-exclude=/usr/share/man/*",
