@@ -20,11 +20,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import component_image
 import image
-from common import BUILD, REPOSITORY, Failure, architecture, cache_folder, digest
-from common import keep_only, replace_tree, run
-from tests.cluster import images, toolchain
+from common import (
+    BUILD,
+    REPOSITORY,
+    architecture,
+    cache_folder,
+    digest,
+    keep_only,
+    replace_tree,
+    run,
+)
+from tests.cluster import images, install, toolchain
 
 INTERPRETERS: Final = ("3.11", "3.13")
 """Python of Debian 12 and of Debian 13."""
@@ -91,13 +98,11 @@ def build(target: Path = TARGET) -> Path:
 
 
 def build_node(target: Path = NODE_TARGET) -> Path:
-    """Likewise a node's payload. ``make component-image`` must have made the components' image.
+    """Likewise a node's payload, with the components' image as the checkout is now.
 
     Raises Failure when something is not built or cannot be downloaded.
     """
-    components = component_image.target()
-    if not components.exists():
-        raise Failure(f"{components} is missing: run make component-image")
+    components = install.image()
     with _replacing(target) as fresh:
         _carry(NODE_CARRIED, fresh)
         shutil.copyfile(components, fresh / "architect.tar")
@@ -141,8 +146,8 @@ def _helpers() -> Path:
         return place
     with _replacing(place) as fresh:
         environment = {**toolchain.environment(), "CGO_ENABLED": "0"}
-        build = [toolchain.go(), "build", "-C", _CRI, "-trimpath", "-ldflags=-s -w"]
-        run([*build, "-o", fresh / "cri", "."], env=environment, shown="go build of cri")
+        build = ("build", "-C", _CRI, "-trimpath", "-ldflags=-s -w", "-o", fresh / "cri", ".")
+        run([toolchain.go(), *build], env=environment, shown="go build of cri")
         run(["musl-gcc", "-static", "-Os", "-s", "-o", fresh / "pause", _PAUSE])
         images.of_program(fresh / "pause", PAUSE_TAG, fresh / "pause.tar")
     keep_only(place, folder.iterdir())

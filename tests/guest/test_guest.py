@@ -16,11 +16,14 @@ from tests.guest.guest import DEBIAN_12, DEBIAN_13, RELEASES, Guest, GuestError,
 SMOKE_TIMEOUT_S = 600.0
 """For a boot and a few commands."""
 
-CORE_PATH_TIMEOUT_S = 3000.0
-"""For the whole core path, some ten times slower than native."""
+PATH_TIMEOUT_S = 3000.0
+"""For a whole path, some ten times slower than native."""
 
 CORE_PATH = "PYTHONPATH=.:scripts exec python3 -m tests.guest.core_path"
 """Installs what the payload carries, and runs it; its exit status is the verdict."""
+
+NODE_PATH = "PYTHONPATH=. exec python3 -m tests.guest.node_path"
+"""The same for a node of a cluster."""
 
 SMOKE = """
 uname -r
@@ -159,7 +162,28 @@ def test_the_core_path(release: Release, built: Path, tmp_path: Path) -> None:
     was dead; systemd starts and stops the daemon, Podman stops a sleeper, and uninstalling leaves
     nothing. The steps are in core_path.py, which says at which one it failed.
     """
-    result = Guest(release).run(built, CORE_PATH, CORE_PATH_TIMEOUT_S)
+    result = Guest(release).run(built, CORE_PATH, PATH_TIMEOUT_S)
+    for name, content in result.files.items():
+        (tmp_path / Path(name).name).write_bytes(content)
+    assert result.exit_code == 0, f"{result.output}\nits logs are in {tmp_path}"
+
+
+@pytest.fixture(scope="session")
+def node(_guests: None) -> Path:
+    """Put the components' image and what stands in for a kubelet where a guest gets it from."""
+    return payload.build_node()
+
+
+@boots
+@pytest.mark.slow
+def test_a_node_of_a_cluster(node: Path, tmp_path: Path) -> None:
+    """Under containerd with systemd's cgroups a pod's container vanishes and comes back, through CRI.
+
+    The pod of the chart's DaemonSet puts architect on the node and takes it off, systemd restarts
+    containerd for it; limits that are lowered around a wake kill nothing. The steps are in
+    node_path.py, which says at which one it failed.
+    """
+    result = Guest(DEBIAN_13).run(node, NODE_PATH, PATH_TIMEOUT_S)
     for name, content in result.files.items():
         (tmp_path / Path(name).name).write_bytes(content)
     assert result.exit_code == 0, f"{result.output}\nits logs are in {tmp_path}"
