@@ -38,6 +38,8 @@ RESOURCES: Final = {"requests": {"cpu": "10m", "memory": "64Mi"}}
 TOGETHER: Final = 60
 IDLE: Final = 20
 """Managed pods on a node while its daemon's cost is measured."""
+SETTLED_S: Final = 1.2
+"""Seconds until what follows a hibernation is done (digests, reclaim), as in :mod:`bench.wakes`."""
 _SEEN_S: Final = 30.0
 
 
@@ -74,6 +76,12 @@ def _sleep(where: Site, name: str) -> None:
             return
 
 
+def _asleep(where: Site, name: str) -> None:
+    """The same, and everything that follows a hibernation is done, as in :mod:`bench.wakes`."""
+    _sleep(where, name)
+    time.sleep(SETTLED_S)
+
+
 def first_bytes(n: int) -> list[dict[str, Any]]:
     """A client's first byte through a ClusterIP: new and old connection, hibernated, awake, and cold."""
     new = harness.Samples("first byte, ClusterIP, new connection", "architect", "valkey 50 MB")
@@ -88,11 +96,11 @@ def first_bytes(n: int) -> list[dict[str, Any]]:
         client = Valkey(address, PORT)
         fill(client, 50)
         for _ in range(n):
-            _sleep(where, "app")
+            _asleep(where, "app")
             with old.timed():
                 client("PING")
         for _ in range(n):
-            _sleep(where, "app")
+            _asleep(where, "app")
             with new.timed():
                 fresh = Valkey(address, PORT)
                 fresh("PING")
