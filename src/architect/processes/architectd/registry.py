@@ -171,7 +171,12 @@ class Registry:
         return ManagedContainer(record, settings, self._context, state)
 
     def _settings(self, record: ContainerRecord) -> ContainerSettings:
-        pod = parse(record.annotations, None, self._context.defaults)
+        """What its pod's annotations say; nothing is managed whose annotations cannot be read any more."""
+        try:
+            pod = parse(record.annotations, None, self._context.defaults)
+        except ArchitectError as error:
+            self._complain(record.id, f"it is woken and no longer managed: {error}")
+            return ContainerSettings(record.container)
         return pod.container(record.container)
 
     # ---- after a start of the daemon -----------------------------------------------------------------
