@@ -112,7 +112,7 @@ def compile_modules(settings: dict[str, Any], root: Path, folder: Path) -> None:
     no time and is never compared with the source, so that it is the same on any day.
     """
     interpreter = PYTHON / f"bin/python{settings['python']}"
-    words: list[str | Path] = ["chroot", root, interpreter, "-I", "-m", "compileall", "-q"]
+    words: list[str | Path] = ["chroot", root, interpreter, "-I", "-B", "-m", "compileall", "-q", "-f"]
     run([*words, "--invalidation-mode", "unchecked-hash", folder], shown="compileall")
 
 

@@ -26,6 +26,8 @@ _O_CLOEXEC: Final = 0o2000000
 _CAP_SYS_ADMIN: Final = 21
 _CAP_SYS_RESOURCE: Final = 24
 _TIMEOUT_S: Final = 30
+NODE_MANIFEST: Final = "manifest.json"
+"""In our folder where architect-node has put it on a cluster's node: no Podman is wanted there."""
 
 
 class Verdict(enum.StrEnum):
@@ -51,7 +53,8 @@ class Finding(msgspec.Struct, frozen=True):
 
 def all_findings() -> list[Finding]:
     """Every probe's finding, in the order of their importance."""
-    return [_guarded(probe) for probe in _PROBES]
+    on_node = (paths.PREFIX / NODE_MANIFEST).exists()
+    return [_guarded(probe) for probe in _PROBES if not (on_node and probe is _podman)]
 
 
 def _guarded(probe: Callable[[], Finding]) -> Finding:

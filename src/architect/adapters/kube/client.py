@@ -486,6 +486,10 @@ def _refused(what: str, response: httpx2.Response, data: bytes) -> KubeError:
     )
 
 
+_NO_MATTER_OF_RIGHTS: Final = ("exceeded quota", "usage per ")
+"""Parts of the messages of ResourceQuota and LimitRange, which refuse with the status of a missing right."""
+
+
 def _from_status(
     what: str, code: int, status: Status, retry_after: float | None = None
 ) -> KubeError:
@@ -493,7 +497,7 @@ def _from_status(
     fix = ""
     if code == 401:
         fix = "the token is no longer taken: see whether the service account still exists"
-    elif code == 403 and "quota" not in status.message:
+    elif code == 403 and not any(word in status.message for word in _NO_MATTER_OF_RIGHTS):
         fix = "see whether the component's ClusterRole and its binding are as the chart made them"
     if retry_after is None:
         retry_after = (status.details or {}).get("retryAfterSeconds")

@@ -30,8 +30,6 @@ from architect.processes.architectd.registry import Registry
 
 _LOOK_S: Final = 0.5
 """Seconds between two looks whether everything is awake, while the node is being left."""
-_ENGINES: Final = ("Podman",)
-"""Findings that are about single machines."""
 
 
 class NodeSide:
@@ -59,9 +57,7 @@ class NodeSide:
         bad = [one for one in findings if one.verdict is probes.Verdict.FAIL]
         less = [one for one in findings if one.verdict is probes.Verdict.LESS]
         labels = {
-            FEATURE_LABEL_PREFIX + _slug(one.name): one.verdict.value.lower()
-            for one in findings
-            if one.name not in _ENGINES
+            FEATURE_LABEL_PREFIX + _slug(one.name): one.verdict.value.lower() for one in findings
         }
         for one in (*bad, *less):
             log("probe", name=one.name, verdict=one.verdict, found=one.found, without=one.without)
