@@ -38,6 +38,10 @@ def _containerd(site: Site) -> None:
     site.cluster.node(1).kill("containerd")
 
 
+def _old_containerd(site: Site) -> None:
+    site.cluster.node(2).kill("containerd")
+
+
 def _component(site: Site, app: str, node: str = "") -> None:
     """Kills a component's process where its pod is; the kubelet starts it again."""
     fields = f"--field-selector=spec.nodeName={node}" if node else "--field-selector="
@@ -69,6 +73,7 @@ VICTIMS: dict[str, Callable[[Site], None]] = {
     "etcd": _etcd,
     "kubelet": _kubelet,
     "containerd": _containerd,
+    "containerd 1.7": _old_containerd,
     "manager": _manager,
     "control-plane": _control_plane,
     "architectd": _daemon,
@@ -77,7 +82,8 @@ VICTIMS: dict[str, Callable[[Site], None]] = {
 
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_killed_amid_hibernation_and_wake(site: Site, victim: str) -> None:
-    here = {"nodeSelector": {"kubernetes.io/hostname": "k8n1"}}
+    node = "k8n2" if victim == "containerd 1.7" else "k8n1"
+    here = {"nodeSelector": {"kubernetes.io/hostname": node}}
     site.start(pod("app", [container(resources=RESOURCES)], managing(seconds=1), **here))
     client = site.connect("app")
     keys = fill(client, MEGABYTES)
@@ -85,7 +91,7 @@ def test_killed_amid_hibernation_and_wake(site: Site, victim: str) -> None:
 
     # Amid a hibernation: it begins a second after the last packet.
     def hibernates() -> bool:
-        return site.rows("k8n1")[0]["state"] in ("SCALING_DOWN", "SCALED_DOWN")
+        return site.rows(node)[0]["state"] in ("SCALING_DOWN", "SCALED_DOWN")
 
     soon("the hibernation to begin", hibernates)
     VICTIMS[victim](site)
@@ -93,7 +99,7 @@ def test_killed_amid_hibernation_and_wake(site: Site, victim: str) -> None:
 
     # Amid a wake.
     site.await_components()
-    soon("it to hibernate", lambda: site.rows("k8n1")[0]["state"] == "SCALED_DOWN", 60)
+    soon("it to hibernate", lambda: site.rows(node)[0]["state"] == "SCALED_DOWN", 60)
     other: list[object] = []
 
     def ask() -> None:
@@ -110,7 +116,7 @@ def test_killed_amid_hibernation_and_wake(site: Site, victim: str) -> None:
 
     site.await_components()
     # And the pod shows the truth again, in both directions.
-    soon("it to hibernate", lambda: site.rows("k8n1")[0]["state"] == "SCALED_DOWN", 60)
+    soon("it to hibernate", lambda: site.rows(node)[0]["state"] == "SCALED_DOWN", 60)
     site.asleep("app")
     site.settled("app", "0", "1")
     assert wrong(client, keys) == 0

@@ -106,9 +106,19 @@ def _mounts(place: Place) -> list[str]:
     return [point for point in points if Path(point).is_relative_to(paths.RUN)]
 
 
+def _is_mounted(point: Path) -> bool:
+    """Whether a file system begins there; all of ours differ from the one around them."""
+    try:
+        return point.stat().st_dev != point.parent.stat().st_dev
+    except OSError:
+        return False
+
+
 def _remove_state(place: Place) -> None:
     """What the daemon kept. The node's own view is asked: a mount of its is none of ours."""
     for point in reversed(_mounts(place)):
+        if not _is_mounted(place.host.path(point)):
+            continue  # Hidden below another mount, as on a node that is made of namespaces.
         command = [*containerd.entering(place.host), "umount", point]
         done = containerd.run(command, _COMMAND_S)
         if done.returncode != 0:
