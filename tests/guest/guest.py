@@ -99,6 +99,7 @@ _PACKAGES: Final = (
 )
 
 _MASKED_UNITS: Final = (
+    "apparmor.service",
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
     "dpkg-db-backup.timer",
@@ -129,7 +130,8 @@ _MASKED_UNITS: Final = (
 """Units no payload needs, each of which costs up to seconds of an emulated boot.
 
 udevd itself runs, as on users' nodes, and names what appears later; only its replay of what the
-kernel found at boot, five seconds long, is left out.
+kernel found at boot, five seconds long, is left out. AppArmor's profiles for a machine's programs
+are left out as well, ten seconds long; the engines load those of their containers by themselves.
 """
 
 _DISABLED_UNITS: Final = ("containerd.service",)
@@ -223,7 +225,7 @@ class Release:
 
 DEBIAN_12: Final = Release("debian12", "bookworm", "6.1")
 DEBIAN_13: Final = Release(
-    "debian13", "trixie", "6.12", ("containerd", "containernetworking-plugins")
+    "debian13", "trixie", "6.12", ("apparmor", "containerd", "containernetworking-plugins")
 )
 RELEASES: Final[Mapping[str, Release]] = MappingProxyType(
     {release.name: release for release in (DEBIAN_12, DEBIAN_13)}

@@ -57,6 +57,9 @@ MEMORY_LIMIT: Final = 256 << 20
 TOO_LITTLE: Final = 8 << 20
 """A limit that the kubelet sets for a sleeper whose requests are given away, and that would kill it."""
 
+PROFILE: Final = "cri-containerd.apparmor.d (enforce)"
+"""containerd's own AppArmor profile, which is on where Debian's package apparmor is."""
+
 CRI_PLUGIN: Final = 'plugins."io.containerd.grpc.v1.cri"'
 SETTINGS: Final = f"""
     [{CRI_PLUGIN}.containerd.runtimes.runc]
@@ -95,19 +98,18 @@ def cri(method: str, service: str = "RuntimeService", **request: Any) -> dict[st
     return found
 
 
-def patiently(method: str, **request: Any) -> dict[str, Any]:
+def patiently(method: str, **request: Any) -> None:
     """A call that is made again and again until it is taken, as a kubelet does."""
 
-    def taken() -> dict[str, Any] | None:
+    def is_taken() -> bool:
         try:
-            return cri(method, **request)
+            cri(method, **request)
         except Failed as failure:
-            say(f"  {str(failure).splitlines()[-1]}")
-            return None
+            say(f"  {str(failure).rpartition('desc = ')[2]}")
+            return False
+        return True
 
-    found = until(taken, f"{method} to be taken")
-    require(found is not None, f"{method} was not taken")
-    return found or {}
+    until(is_taken, f"{method} to be taken")
 
 
 def containerd_pid() -> int:
@@ -125,7 +127,7 @@ class Sandbox:
     @classmethod
     def start(cls, config: dict[str, Any], handler: str = "") -> Sandbox:
         """RunPodSandbox."""
-        Path(config["log_directory"]).mkdir(parents=True)
+        Path(config["log_directory"]).mkdir(parents=True, exist_ok=True)
         found = cri("RunPodSandbox", config=config, runtime_handler=handler)
         return cls(found["pod_sandbox_id"], config)
 
@@ -555,7 +557,7 @@ def takes_new_limits_awake(pod: Managed, client: valkey.Valkey) -> None:
         try:
             pod.update(lower)
         except Failed as failure:
-            say(f"  {str(failure).splitlines()[-1]}")
+            require("has just woken" in str(failure), str(failure))
             return False
         return pod.limit() == str(lower)
 
@@ -610,6 +612,9 @@ def removed_asleep(sandbox: Sandbox, address: str) -> Managed:
 def nothing_left(container: Managed) -> None:
     """Neither processes, cgroups, checkpoints nor run directories."""
     folders = (RUN / "containers", STATE / "checkpoints")
+
+    # The pod's own cgroup is the kubelet's.
+    run("systemctl", "stop", container.group.parent.name)
 
     def left() -> list[Path]:
         groups = [container.group.parent] if container.group.parent.exists() else []
@@ -668,6 +673,8 @@ def node_path() -> None:
         client = connect(address)
         keys = valkey.fill(client, MEGABYTES)
         seen = subject.identity()
+        profile = seen["attr/current"]
+        require(profile == [PROFILE], f"its AppArmor profile is {profile}")
     with step("idle, it vanishes"):
         vanishes_by_itself(subject)
     with step("wakes by packets"):
@@ -684,8 +691,9 @@ def node_path() -> None:
         goes_on_logging(subject, client)
     with step("systemd is reloaded while it sleeps"):
         outlives(lambda: run("systemctl", "daemon-reload"), subject, client, keys)
-    with step("StopContainer, RemoveContainer asleep; StopPodSandbox asleep"):
+    with step("StopContainer, RemoveContainer asleep"):
         stops_asleep(subject)
+    with step("StopPodSandbox asleep"):
         nothing_left(removed_asleep(sandbox, address))
     with step("architectd takes architect off the node"):
         gives_the_node_back(own, daemon, before)

@@ -29,7 +29,7 @@ RESULTS: Final = Path("/results")
 LIMITS: Final = ("cpu.max", "memory.max", "pids.max")
 """Files of a cgroup that a wake may lift for a moment and must put back."""
 
-SEEN_INSIDE: Final = ("cgroup", "limits", "oom_score_adj", "status", "mountinfo")
+SEEN_INSIDE: Final = ("cgroup", "limits", "oom_score_adj", "status", "mountinfo", "attr/current")
 """Files of /proc/1 with what a program sees of itself and a restore must not change."""
 
 _MOMENTARY: Final = ("FDSize", "Hugetlb", "Rss", "SigQ", "State", "Vm", "nonvoluntary", "voluntary")

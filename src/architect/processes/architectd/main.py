@@ -147,7 +147,9 @@ def main() -> None:
         sys.exit(1)
     lock.close()
     if paths.REMOVED.exists():
-        # Everything is awake: what `architect-node install` did to the node is undone.
+        # Everything is awake: what `architect-node install` did to the node is undone. That restarts
+        # containerd, which then asks for our end once more.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         words = [str(paths.NODE_PROGRAM), "uninstall", "--host", "/", "--distro", given.distro]
         os.execv(words[0], words)
     rundir.release()
