@@ -116,8 +116,9 @@ def _is_mounted(point: Path) -> bool:
 
 def _remove_state(place: Place) -> None:
     """What the daemon kept. The node's own view is asked: a mount of its is none of ours."""
+    view = Path("/" if place.host.root == Path("/") else "/proc/1/root")
     for point in reversed(_mounts(place)):
-        if not _is_mounted(place.host.path(point)):
+        if not _is_mounted(view / point.lstrip("/")):
             continue  # Hidden below another mount, as on a node that is made of namespaces.
         command = [*containerd.entering(place.host), "umount", point]
         done = containerd.run(command, _COMMAND_S)
