@@ -226,7 +226,7 @@ def test_a_crashed_node_loses_its_endpoints_and_comes_back(cluster: Cluster, app
     with pytest.raises(ClusterError, match="it is down"):
         cluster.node(number).run("true")
     soon("the node to count as gone", lambda: name not in cluster.ready(), 60.0)
-    soon("its endpoints to go", lambda: name not in endpoints(cluster), 60.0)
+    soon("its endpoints to go", lambda: name not in endpoints(cluster), 120.0)
     cluster.boot(number)
     cluster.await_ready([number])
     soon("the Service to have both again", lambda: len(endpoints(cluster)) == 2, 60.0)

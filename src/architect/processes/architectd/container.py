@@ -298,7 +298,7 @@ class ManagedContainer:
         self._context.changed(self.record.pod_uid)
 
     async def order(self, words: str) -> KeeperStatus:
-        """Passes an order to the keeper, for the daemon's start only.
+        """Passes an order to the keeper; for the registry, at the daemon's start and of an orphan.
 
         Raises:
             KeeperError: it refused, or is gone.

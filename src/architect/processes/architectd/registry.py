@@ -38,6 +38,7 @@ class Registry:
         self._context = context
         self._containers: dict[str, ManagedContainer] = {}
         self._retired = False
+        self._ending: set[asyncio.Task[None]] = set()
 
     def all(self) -> list[ManagedContainer]:
         """Those that have not ended, in order of their names."""
@@ -98,8 +99,21 @@ class Registry:
             )
         if answer.record is None:
             return False
+        self._end_predecessors(answer.record)
         self._containers[container] = self._make(answer.record, State.CREATED)
         return True
+
+    def _end_predecessors(self, record: ContainerRecord) -> None:
+        """Ends what the kubelet takes for dead: no pod has two containers of one name.
+
+        When a shim is killed, containerd forgets its containers without deleting them (as of 2.1).
+        """
+        for other in self.of_pod(record.pod_uid) if record.pod_uid else ():
+            if other.record.container == record.container and other.record.id != record.id:
+                self._complain(other.record.id, "it is ended: its pod has a new container of that name")
+                task = asyncio.create_task(_end(other))
+                self._ending.add(task)
+                task.add_done_callback(self._ending.discard)
 
     async def created(self, container: str) -> None:
         """Its keeper exists now."""
@@ -242,6 +256,11 @@ class Registry:
         """The daemon ends: every container stays as it is."""
         for managed in self._containers.values():
             managed.let_go()
+
+
+async def _end(managed: ManagedContainer) -> None:
+    with contextlib.suppress(KeeperError):
+        await managed.order("exit 137")
 
 
 def clear(run: Path) -> None:
