@@ -143,8 +143,8 @@ def test_hibernates_and_wakes_while_the_api_is_away(site: Site) -> None:
         site.cluster.control_plane.await_api()
     site.asleep("app")
     site.settled("app", "0", "1")
-    # What happened meanwhile is told.
-    assert soon("the events", lambda: site.events("app", "ScaledUp"))
+    # What happened meanwhile is told; up to half a minute lies between two tries.
+    assert soon("the events", lambda: site.events("app", "ScaledUp"), 90)
     assert client("GET", "while") == b"away"
     client.close()
 

@@ -1,4 +1,4 @@
-"""helm upgrade and helm uninstall, with pods asleep. Last of all: it takes the chart away."""
+"""helm upgrade and helm uninstall, with pods asleep; the chart is there again afterwards."""
 
 from functools import partial
 
@@ -63,6 +63,8 @@ def test_upgrade_and_removal(site: Site) -> None:
     install.uninstall(site.cluster)
     for node in NODES:
         _is_clean(site, node)
+    # For the tests that follow.
+    install.install(site.cluster)
 
 
 def _generation(site: Site) -> int:

@@ -27,6 +27,8 @@ MOST_PENDING: Final = 1000
 """Different events kept while the API server is away; beyond that the oldest are dropped."""
 MOST_SENT: Final = 4096
 """Sent events that are remembered to be counted on, as in client-go."""
+_RIGHTS_S: Final = 120.0
+"""Seconds after which an event that we have no right to send is given up."""
 NORMAL: Final = "Normal"
 WARNING: Final = "Warning"
 _MESSAGE: Final = 1024
@@ -128,7 +130,7 @@ class Recorder:
                 try:
                     await self._send(key, pending)
                 except KubeError as error:
-                    if not error.temporary:
+                    if not error.temporary and not _may_pass(error, pending):
                         # A namespace that is being deleted takes no events; nothing to be done about it.
                         self.dropped += 1
                         _log.warning("event %s for %s: %s", key[1], key[0].name, error)
@@ -193,6 +195,13 @@ class Recorder:
         self._sent[key] = _Sent(name, pending.count, loop.time())
         if len(self._sent) > MOST_SENT:
             self._sent.popitem(last=False)
+
+
+def _may_pass(error: KubeError, pending: _Pending) -> bool:
+    """Whether a missing right may be none: an API server that has just started knows no roles yet."""
+    age = datetime.datetime.now(datetime.UTC) - pending.last
+    is_ending = "being terminated" in error.why
+    return error.status in (401, 403) and not is_ending and age.total_seconds() < _RIGHTS_S
 
 
 def _rfc3339(when: datetime.datetime) -> str:
