@@ -423,13 +423,26 @@ def test_events_wait_for_the_server_and_are_merged_meanwhile() -> None:
 def test_a_refused_event_does_not_hold_up_the_others() -> None:
     async def test(server: Standin, kube: Kube) -> None:
         async with recording(kube) as recorder:
-            server.fail = [403]
+            server.fail = [404]
             recorder.record(ABOUT, "ScaledUp", "one")
             recorder.record(ABOUT, "ScaledDown", "two")
             await asyncio.wait_for(recorder.flushed(), DEADLINE_S)
             assert recorder.dropped == 1
         (event,) = await kube.listed(Event)
         assert event.reason == "ScaledDown"
+
+    with_server(test)
+
+
+def test_a_server_that_knows_no_roles_yet_gets_the_event_again() -> None:
+    async def test(server: Standin, kube: Kube) -> None:
+        async with recording(kube) as recorder:
+            server.fail = [403, 401]
+            recorder.record(ABOUT, "ScaledUp", "one")
+            await asyncio.wait_for(recorder.flushed(), DEADLINE_S)
+            assert recorder.dropped == 0
+        (event,) = await kube.listed(Event)
+        assert event.reason == "ScaledUp"
 
     with_server(test)
 
