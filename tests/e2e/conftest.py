@@ -44,7 +44,7 @@ def _up(folder: Path) -> Cluster:
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three nodes with the chart; after the tests it is uninstalled, and nothing may be left."""
     given = os.environ.get("ARCHITECT_CLUSTER")
