@@ -34,6 +34,8 @@ from tests.guest.steps import (
     HIBERNATED_BYTES,
     SEEN_INSIDE,
     Failed,
+    Kept,
+    connect,
     judged,
     lasting,
     require,
@@ -120,7 +122,7 @@ def fit() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Container:
+class Container(Kept):
     """A managed container."""
 
     name: str
@@ -138,18 +140,6 @@ class Container:
         place = Path(f"/proc/{keeper}/cgroup").read_text().strip().removeprefix("0::/")
         require(place.endswith(f"libpod-{found['Id']}.scope"), f"the keeper is in {place}")
         return cls(name, pod, found["Id"], keeper, Path("/sys/fs/cgroup") / place)
-
-    def processes(self) -> list[int]:
-        """Host pids of what runs in it."""
-        return [int(pid) for pid in (self.group / "cgroup.procs").read_text().split()]
-
-    def vanished(self) -> bool:
-        """Whether nothing runs in it but the keeper."""
-        return self.processes() == [self.keeper]
-
-    def memory(self) -> int:
-        """Bytes charged to it."""
-        return int((self.group / "memory.current").read_text())
 
     def row(self) -> dict[str, Any]:
         """Its line in `architect ps`."""
@@ -178,20 +168,6 @@ class Container:
     def status(self) -> str:
         """What `podman ps` says of it."""
         return run("podman", "ps", "--filter", f"name={self.name}", "--format", "{{.Status}}")
-
-
-def connect(port: int, host: str = "127.0.0.1") -> valkey.Valkey:
-    """Connect, once the server answers."""
-
-    def answers() -> valkey.Valkey | None:
-        try:
-            client = valkey.Valkey(host, port, DEADLINE_S)
-            client("PING")
-        except (OSError, ValueError):
-            return None
-        return client
-
-    return until(answers, f"valkey at {host}:{port}")  # type: ignore[return-value]
 
 
 def play_pod() -> Container:

@@ -27,6 +27,8 @@ from tests.guest.steps import (
     HIBERNATED_BYTES,
     SEEN_INSIDE,
     Failed,
+    Kept,
+    connect,
     judged,
     lasting,
     require,
@@ -212,7 +214,7 @@ class Container:
 
 
 @dataclass(frozen=True, slots=True)
-class Managed(Container):
+class Managed(Container, Kept):
     """One that hibernates."""
 
     keeper: int
@@ -227,18 +229,6 @@ class Managed(Container):
         scope = f"{pod}/cri-containerd-{container.id}.scope"
         require(place.endswith(scope), f"the keeper is in {place}, not in {scope}")
         return cls(container.id, container.log, keeper, CGROUPS / place)
-
-    def processes(self) -> list[int]:
-        """Host pids of what runs in it."""
-        return [int(pid) for pid in (self.group / "cgroup.procs").read_text().split()]
-
-    def vanished(self) -> bool:
-        """Whether nothing runs in it but the keeper."""
-        return self.processes() == [self.keeper]
-
-    def memory(self) -> int:
-        """Bytes charged to it."""
-        return int((self.group / "memory.current").read_text())
 
     def limit(self) -> str:
         """Its memory limit as the kernel has it."""
@@ -451,20 +441,6 @@ def valkey_in(sandbox: Sandbox, attempt: int = 0) -> Managed:
     return Managed.of(container, slice_of(UID))
 
 
-def connect(host: str) -> valkey.Valkey:
-    """Connect, once the server answers."""
-
-    def answers() -> valkey.Valkey | None:
-        try:
-            client = valkey.Valkey(host, PORT, DEADLINE_S)
-            client("PING")
-        except (OSError, ValueError):
-            return None
-        return client
-
-    return until(answers, f"valkey at {host}")  # type: ignore[return-value]
-
-
 def right(client: valkey.Valkey, keys: int) -> None:
     """Every value is as it was written, on the connection that is open."""
     require(valkey.wrong(client, keys) == 0, "values differ from what was written")
@@ -603,7 +579,7 @@ def stops_asleep(pod: Managed) -> None:
 def removed_asleep(sandbox: Sandbox, address: str) -> Managed:
     """The next attempt in the same pod, which then is removed while it sleeps."""
     again = valkey_in(sandbox, attempt=1)
-    connect(address).close()
+    connect(PORT, address).close()
     again.sleep()
     sandbox.remove()
     return again
@@ -670,7 +646,7 @@ def node_path() -> None:
         sandbox = valkey_pod()
         subject = valkey_in(sandbox)
         address = sandbox.address
-        client = connect(address)
+        client = connect(PORT, address)
         keys = valkey.fill(client, MEGABYTES)
         seen = subject.identity()
         profile = seen["attr/current"]

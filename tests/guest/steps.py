@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from bench import valkey
+
 DEADLINE_S: Final = 300.0
 """For anything that is waited for."""
 
@@ -80,6 +82,43 @@ def run(*words: str | Path) -> str:
         said = "\n".join((done.stdout, done.stderr)).strip()
         raise Failed(f"{' '.join(map(str, words))}: exit {done.returncode}: {said}")
     return done.stdout.strip()
+
+
+def connect(port: int, host: str = "127.0.0.1") -> valkey.Valkey:
+    """Connect, once the server answers."""
+
+    def answers() -> valkey.Valkey | None:
+        try:
+            client = valkey.Valkey(host, port, DEADLINE_S)
+            client("PING")
+        except (OSError, ValueError):
+            return None
+        return client
+
+    return until(answers, f"valkey at {host}:{port}")  # type: ignore[return-value]
+
+
+class Kept:
+    """A managed container as its cgroup shows it; who inherits says which that is."""
+
+    __slots__ = ()
+
+    keeper: int
+    """Its keeper's pid."""
+    group: Path
+    """Directory of its cgroup."""
+
+    def processes(self) -> list[int]:
+        """Host pids of what runs in it."""
+        return [int(pid) for pid in (self.group / "cgroup.procs").read_text().split()]
+
+    def vanished(self) -> bool:
+        """Whether nothing runs in it but the keeper."""
+        return self.processes() == [self.keeper]
+
+    def memory(self) -> int:
+        """Bytes charged to it."""
+        return int((self.group / "memory.current").read_text())
 
 
 def lasting(seen: Mapping[str, str], group: Path) -> dict[str, list[str]]:
