@@ -4,8 +4,6 @@ It answers on the host's address on the cluster's own bridge only; etcd on the l
 starts these again when they end: a test that kills one says when. Called by cluster.py.
 """
 
-import os
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -53,10 +51,8 @@ class ControlPlane:
 
     def kill(self, *programs: str) -> None:
         """End programs with SIGKILL; nobody starts them again but `start_api`."""
-        for pid, program in machine.marked(self.home).items():
-            if program in programs:
-                os.kill(pid, signal.SIGKILL)
-        until("their end", lambda: not any(map(self._runs, programs)), _STARTED_S)
+        found = machine.marked(self.home)
+        machine.end(pid for pid, program in found.items() if program in programs)
 
     def make(self) -> None:
         """Make the authority, everyone's certificates and kubeconfigs."""

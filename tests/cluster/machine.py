@@ -8,11 +8,13 @@ which a process is made: so `down` finds them all however `up` ended. Called by 
 import ipaddress
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -173,12 +175,40 @@ def end_marked(home: Path) -> None:
 
     def ended() -> bool:
         left = marked(home)
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end(left)
         return not left
 
     until("the cluster's processes to end", ended, _ENDED_S)
+
+
+def end(pids: Iterable[int]) -> None:
+    """End processes with SIGKILL, and wait until the last of their threads is gone.
+
+    A process that is being killed loses its memory first, with which its mark goes, and its sockets
+    after that: who goes by the mark alone starts the next one while the address is still taken.
+    Raises ClusterError.
+    """
+    with ExitStack() as opened:
+        waiting: dict[int, int] = {}
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(pid)
+                opened.callback(os.close, descriptor)
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                waiting[descriptor] = pid
+        poll = select.poll()
+        for descriptor in waiting:
+            poll.register(descriptor, select.POLLIN)
+        deadline = time.monotonic() + _ENDED_S
+        while waiting:
+            for descriptor, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                poll.unregister(descriptor)
+                del waiting[descriptor]
+            if waiting and time.monotonic() > deadline:
+                left = ", ".join(map(str, waiting.values()))
+                raise ClusterError(
+                    f"the end of {left}", f"not so after {_ENDED_S:g} s", "look at it"
+                )
 
 
 @contextmanager

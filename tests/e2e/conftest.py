@@ -67,11 +67,15 @@ def site(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Site]:
     """A namespace of the test's own. When the test fails, what happened in it is printed."""
     name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[-50:].strip("-")
     before = request.session.testsfailed
+    # A test before this one that failed may have left no API server.
+    installed.control_plane.start_api()
+    installed.control_plane.await_api()
     with Site(installed, "default").within(name) as site:
         # A test before this one may have killed some.
         site.await_components()
         yield site
         if request.session.testsfailed > before:
+            installed.control_plane.start_api()
             for words in (("get", "pods", "-o", "wide"), ("get", "events")):
                 try:
                     print(site.kubectl(*words))

@@ -151,6 +151,29 @@ def test_full_quota_does_not_keep_it_asleep(site: Site) -> None:
     site.settled("first", "10m", "64Mi")
 
 
+def test_a_limit_range_forbids_the_resize_but_neither_sleep_nor_wake(site: Site) -> None:
+    least = {"type": "Container", "min": {"memory": "32Mi"}}
+    site.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "LimitRange",
+            "metadata": {"name": "least"},
+            "spec": {"limits": [least]},
+        }
+    )
+    asked = {"requests": {"cpu": "10m", "memory": "64Mi"}, "limits": {"memory": "128Mi"}}
+    site.start(pod("app", [container(resources=asked)]))
+    client = site.connect("app")
+    site.asleep("app")
+    soon("an event to say so", lambda: site.events("app", "ResizeRefused"))
+    assert "LimitRange" in site.events("app", "ResizeRefused")[0]
+    assert client("PING") == b"PONG"
+    site.awake("app")
+    client.close()
+    found = site.pod("app")["spec"]["containers"][0]["resources"]["requests"]
+    assert found == asked["requests"]
+
+
 def test_unmanaged_containers_of_the_class_are_left_alone(site: Site) -> None:
     site.start(pod("app", notes={}))
     site.start(pod("other", [container(), container("side", ports=[], args=["sleep", "600"])]))

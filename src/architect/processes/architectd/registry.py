@@ -110,7 +110,9 @@ class Registry:
         """
         for other in self.of_pod(record.pod_uid) if record.pod_uid else ():
             if other.record.container == record.container and other.record.id != record.id:
-                self._complain(other.record.id, "it is ended: its pod has a new container of that name")
+                self._complain(
+                    other.record.id, "it is ended: its pod has a new container of that name"
+                )
                 task = asyncio.create_task(_end(other))
                 self._ending.add(task)
                 task.add_done_callback(self._ending.discard)

@@ -7,6 +7,7 @@ decided by :mod:`architect.decisions.podstatus`, one write after the other.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Final
 
 from architect.adapters.kube import pods
@@ -48,6 +49,8 @@ class Pods:
         self._by_uid: dict[str, str] = {}
         self._stale: set[str] = set()
         self._writing: dict[str, asyncio.Task[None]] = {}
+        self._news: dict[str, asyncio.Event] = {}
+        """Set when one that is being written has become stale once more."""
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._troubles: dict[str, podstatus.Trouble] = {}
         self._asked: dict[str, str] = {}
@@ -106,13 +109,16 @@ class Pods:
     def stale(self, uid: str) -> None:
         """A pod may not show the truth: it is looked at soon."""
         self._stale.add(uid)
-        if uid not in self._writing:
+        if uid in self._writing:
+            self._news[uid].set()
+        else:
+            self._news[uid] = asyncio.Event()
             task = asyncio.create_task(self._settle(uid))
             self._writing[uid] = task
             task.add_done_callback(lambda _: self._written(uid))
 
     def _written(self, uid: str) -> None:
-        del self._writing[uid]
+        del self._writing[uid], self._news[uid]
         if uid in self._stale:
             self.stale(uid)
 
@@ -140,8 +146,10 @@ class Pods:
             if pod is None:
                 self._stale.discard(uid)
                 return
+            delay, refused = 0.0, None
             async with self._slots:
                 self._stale.discard(uid)
+                self._news[uid].clear()
                 try:
                     server = await self._abilities()
                     outcome = await pods.settle(self._kube, pod, self.truth(pod), server)
@@ -150,14 +158,17 @@ class Pods:
                     log("pod not written", pod=pod.key, error=str(error), again_s=round(delay, 1))
                     self._stale.add(uid)
                 else:
-                    delay = 0.0
+                    refused = outcome.refused
                     if outcome.pod is not None:
                         self.informer.note(outcome.pod)
-                    if outcome.refused is not None:
-                        self._refused(pod, outcome.refused)
-                        self._stale.add(uid)
-                        delay = _REFUSED_S
-            if delay:
+            if refused is not None:
+                self._refused(pod, refused)
+                # Other news are shown at once: a label must not wait for what is refused.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_REFUSED_S):
+                        await self._news[uid].wait()
+                self._stale.add(uid)
+            elif delay:
                 await asyncio.sleep(delay)
 
     def _refused(self, pod: Pod, error: KubeError) -> None:
