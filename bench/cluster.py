@@ -114,6 +114,39 @@ def first_bytes(n: int) -> list[dict[str, Any]]:
     return [one.record() for one in (new, old, awake, cold)]
 
 
+def busy(n: int) -> list[dict[str, Any]]:
+    """The first byte on a node whose CPUs others use up: a pod with a small request, and one with none."""
+    asked = {"small request": {"requests": {"cpu": "10m", "memory": "64Mi"}}, "no request": {}}
+    results = []
+    with site() as where:
+        clients = {}
+        for number, (kind, resources) in enumerate(asked.items()):
+            name = f"app{number}"
+            where.start(
+                pod(name, [container(resources=resources)], managing(seconds=3600), **HERE),
+                app=name,
+            )
+            clients[kind] = (name, where.connect(name))
+            fill(clients[kind][1], 50)
+        loops = "for i in 1 2 3 4 5 6 7 8; do (while :; do :; done) & done; wait"
+        neighbour = container(
+            "busy", args=["sh", "-c", loops], ports=[], resources={"requests": {"cpu": "300m"}}
+        )
+        made = pod("busy", [neighbour], notes={}, **HERE)
+        del made["spec"]["runtimeClassName"]
+        where.start(made, app="busy")
+        for kind, (name, client) in clients.items():
+            samples = harness.Samples(
+                "first byte, CPUs used up", "architect", f"valkey 50 MB, {kind}"
+            )
+            for _ in range(n):
+                _asleep(where, name)
+                with samples.timed():
+                    client("PING")
+            results.append(samples.record())
+    return results
+
+
 def _cold(where: Site, cold: harness.Samples, n: int) -> None:
     """The same pod as a plain one that is scaled from nothing, until it answers."""
     made = template("cold", notes={}, **HERE)
@@ -383,7 +416,8 @@ def all_runs(quick: bool) -> list[Callable[[], list[dict[str, Any]]]]:
     n = 5 if quick else 100
     return [
         lambda: first_bytes(n),
-        lambda: shown(n),
-        lambda: together(n),
         lambda: components(5 if quick else 60),
+        lambda: shown(n),
+        lambda: busy(min(n, 30)),
+        lambda: together(n),
     ]

@@ -475,22 +475,38 @@ def test_page_server_killed_in_mid_fill_keeps_every_byte(lab: Lab) -> None:
 # ---- limits ----------------------------------------------------------------------------------------
 
 
-def test_cpu_quota_and_memory_limit_are_lifted_for_the_wake_only(lab: Lab) -> None:
+def test_cpu_quota_weight_and_memory_limit_are_lifted_for_the_wake_only(lab: Lab) -> None:
     container = lab.valkey("limited", options=["--cpus", "0.1", "--memory", "64m"])
     client = Valkey.connect("127.0.0.1", container.host_port)
     client.command("SET", "a", "1")
     files = [
         file
         for controller, names in {
-            "cpu": ("cpu.cfs_quota_us", "cpu.max"),
+            "cpu": ("cpu.cfs_quota_us", "cpu.max", "cpu.shares", "cpu.weight"),
             "memory": ("memory.limit_in_bytes", "memory.max"),
         }.items()
         for name in names
         if (file := cgroup_of(container.keeper, controller) / name).exists()
     ]
-    assert len(files) == 2
+    assert len(files) == 3
     before = [file.read_text() for file in files]
     container.sleep()
-    assert client.command("GET", "a") == "1"
-    container.await_state("RUNNING")
+    seen: list[set[str]] = [set() for _ in files]
+    awake = threading.Event()
+
+    def look() -> None:
+        while not awake.is_set():
+            for file, values in zip(files, seen, strict=True):
+                values.add(file.read_text())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        assert client.command("GET", "a") == "1"
+        container.await_state("RUNNING")
+    finally:
+        awake.set()
+        looking.join()
+    for file, values, one in zip(files, seen, before, strict=True):
+        assert values > {one}, f"{file} was not lifted"
     wait_until(lambda: [file.read_text() for file in files] == before, "the limits to be back")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_ROOT: Final = Path("/sys/fs/cgroup")
+ROOT: Final = Path("/sys/fs/cgroup")
+"""Where the hierarchies are."""
 
 _UNLIMITED: Final = 1 << 60
 """Values near 2**63 are v1's way to say that there is no memory limit."""
@@ -43,12 +44,12 @@ class Cgroup:
                 found[controller] = Path(directory.lstrip("/"))
         if "memory" in found:
             return cls(
-                memory=_ROOT / "memory" / found["memory"],
-                cpu=_ROOT / "cpu" / found.get("cpu", found["memory"]),
-                freezer=_ROOT / "freezer" / found.get("freezer", found["memory"]),
+                memory=ROOT / "memory" / found["memory"],
+                cpu=ROOT / "cpu" / found.get("cpu", found["memory"]),
+                freezer=ROOT / "freezer" / found.get("freezer", found["memory"]),
                 unified=False,
             )
-        own = _ROOT / found[""]
+        own = ROOT / found[""]
         return cls(memory=own, cpu=own, freezer=own, unified=True)
 
     def memory_bytes(self) -> int:
@@ -143,8 +144,8 @@ def leave(pid: int) -> None:
     """
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         controllers = line.split(":", 2)[1].removeprefix("name=")
-        hybrid = _ROOT / "unified"
-        root = _ROOT / controllers if controllers else hybrid if hybrid.is_dir() else _ROOT
+        hybrid = ROOT / "unified"
+        root = ROOT / controllers if controllers else hybrid if hybrid.is_dir() else ROOT
         with contextlib.suppress(OSError):
             (root / "cgroup.procs").write_text(str(pid))
 

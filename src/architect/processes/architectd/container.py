@@ -62,7 +62,7 @@ class ManagedContainer:
         self._keeper: Keeper | None = None
         self._hook: criu.DumpHook | None = None
         self._report = Reporter(record, context.events)
-        self._limits = Limits(record)
+        self._limits = Limits(record, context.boosts)
         self._traffic = Traffic(record, settings, context.gates, self.clock, self._report)
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -328,6 +328,8 @@ class ManagedContainer:
             self._keeper.close()
         self._traffic.leave()
         self._limits.cancel()
+        # Of the pod, which may live on.
+        self._limits.put_back()
         mounts.release(self._run / "mnt")
         self._store.drop()
         for name in os.listdir(self._run) if self._run.exists() else ():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from architect.adapters.cpuweight import Boosts
 from architect.adapters.events import EventLog
 from architect.contract.annotations import DEFAULTS, Defaults
 from architect.processes.architectd.gates import Gates
@@ -20,6 +21,8 @@ class Context:
     """Written into each checkpoint."""
     defaults: Defaults = DEFAULTS
     """What holds where annotations are silent."""
+    boosts: Boosts = field(default_factory=Boosts)
+    """Whose share of the CPU is raised."""
     followers: list[Callable[[str], None]] = field(default_factory=list)
     """Told the uid of a pod whenever what is true of one of its containers may have changed."""
 

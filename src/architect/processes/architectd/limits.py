@@ -12,6 +12,7 @@ import time
 from typing import Final
 
 from architect.adapters import cgroup
+from architect.adapters.cpuweight import Boosts
 from architect.contract.records import ContainerRecord
 from architect.contract.states import State
 from architect.decisions.limits import Verdict, judge
@@ -29,8 +30,10 @@ _AGAIN_S: Final = (0.02, 0.1, 0.5, 2.0)
 class Limits:
     """See the module."""
 
-    def __init__(self, record: ContainerRecord) -> None:
+    def __init__(self, record: ContainerRecord, boosts: Boosts) -> None:
         self._record = record
+        self._boosts = boosts
+        self._boosted: dict[str, str] = {}
         self._skipped = 0.0
         self._woken = 0.0
         self._timers: list[asyncio.TimerHandle] = []
@@ -52,12 +55,15 @@ class Limits:
             cgroup.raise_limits(self._record.limits)
             loop = asyncio.get_running_loop()
             self._timers = [loop.call_later(after, self._again) for after in _AGAIN_S]
-        self._record.lifted = group.lift_limits()
+        self._boosted = self._boosts.take(group)
+        self._record.lifted = group.lift_limits() | self._boosted
 
     def put_back(self) -> bool:
         """After a restore, or at the daemon's start: what was lifted beyond; whether there was any."""
         lifted, self._record.lifted = self._record.lifted, {}
-        cgroup.return_limits(lifted)
+        boosted, self._boosted = self._boosted, {}
+        cgroup.return_limits({file: lifted[file] for file in lifted.keys() - boosted.keys()})
+        self._boosts.give_back(boosted)
         return bool(lifted)
 
     def cancel(self) -> None:
