@@ -76,6 +76,7 @@ def site(installed: Cluster, request: pytest.FixtureRequest) -> Iterator[Site]:
         yield site
         if request.session.testsfailed > before:
             installed.control_plane.start_api()
+            installed.control_plane.await_api()
             for words in (("get", "pods", "-o", "wide"), ("get", "events")):
                 try:
                     print(site.kubectl(*words))

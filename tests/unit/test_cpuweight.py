@@ -79,6 +79,18 @@ def test_two_wakes_of_one_class_share_its_cgroup(root: Path) -> None:
     assert shared.read_text() == "1"
 
 
+def test_what_a_neighbour_has_raised_is_not_taken_for_a_limit(root: Path) -> None:
+    boosts = Boosts()
+    waking, sleeping = _group(root, "kubepods/podA/1"), _group(root, "kubepods/podA/2")
+    taken = boosts.take(waking)
+    files = [folder / "cpu.weight" for folder in levels(sleeping)]
+    seen = [(str(file), file.read_text().strip()) for file in files]
+    assert [value for _, value in seen] == ["1", "10000"]
+    assert [value for _, value in boosts.originals(seen)] == ["1", "1"]
+    boosts.give_back(taken)
+    assert boosts.originals(seen) == seen
+
+
 def test_what_the_kubelet_has_set_meanwhile_stays(root: Path) -> None:
     boosts = Boosts()
     group = _group(root, "kubepods/podA/1")

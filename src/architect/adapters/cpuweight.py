@@ -63,6 +63,11 @@ class Boosts:
             taken[str(file)] = raised.original
         return taken
 
+    def originals(self, limits: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """``limits`` (file, value) without what is raised now: a neighbour of the same pod may be waking."""
+        raised = {str(file): one.original for file, one in self._raised.items()}
+        return [(file, raised.get(file, value)) for file, value in limits]
+
     def give_back(self, files: Iterable[str]) -> None:
         """The end of a wake: weights that no other wake needs are what they were."""
         for file in map(Path, files):

@@ -42,7 +42,7 @@ class Limits:
         """It is hibernated: what holds now is what it must find when it wakes."""
         self.cancel()
         if self._record.pod_uid:
-            self._record.limits = group.limits()
+            self._record.limits = self._boosts.originals(group.limits())
 
     async def lift(self, group: cgroup.Cgroup) -> None:
         """Before a restore: back to what was remembered, and beyond."""
