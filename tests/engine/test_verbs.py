@@ -311,7 +311,8 @@ def test_death_by_a_signal_from_inside(lab: Lab, mode: str) -> None:
     container = start(lab, mode, "inside", "--init")
     assert container.call().ask("alive") == "alive"
     done = container.exec("pkill", "-SEGV", "-f", "import os, select")
-    assert done.code == 0, done.err
+    # the pid namespace may end before pkill has: with its first process every other is killed
+    assert done.code in (0, 128 + signal.SIGKILL), done.err
     assert podman("wait", container.name) == str(128 + signal.SIGSEGV)
 
 
