@@ -194,7 +194,7 @@ def test_what_the_pods_without_rights_ask_for_is_the_least(cluster: Cluster, hel
 
 
 def test_the_policies_expressions_are_sound(cluster: Cluster, nodes: None) -> None:
-    for name in ("architect-pods", "architect-nodes"):
+    for name in ("architect-pods", "architect-nodes", "architect-host-paths"):
 
         def checked(name: str = name) -> Object:
             status: Object = cluster.get("validatingadmissionpolicy", name).get("status", {})

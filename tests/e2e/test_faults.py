@@ -254,6 +254,31 @@ def test_pod_that_reaches_for_ours_is_refused(site: Site) -> None:
         assert "volumes" in message
 
 
+@pytest.mark.parametrize(
+    ("path", "refused"),
+    [
+        ("/run/architect", True),
+        ("/var/run//architect/architectd.sock", True),
+        ("/var/lib/./architect/checkpoints/", True),
+        ("/usr/local/lib/architect/libexec", True),
+        ("/var/lib/architectural", False),
+        ("/var/lib", False),
+    ],
+)
+def test_pods_of_no_class_of_ours_get_our_directories_neither(
+    site: Site, path: str, refused: bool
+) -> None:
+    volumes = [{"name": "theirs", "hostPath": {"path": path}}]
+    thief = pod("thief", notes={}, volumes=volumes)
+    del thief["spec"]["runtimeClassName"]
+    if refused:
+        message = site.refused(thief)
+        assert path in message
+        assert "volume theirs" in message
+    else:
+        site.apply(thief)
+
+
 def test_status_is_written_by_architect_alone(site: Site) -> None:
     forged = pod("app")
     forged["metadata"]["labels"]["status.architect.loopholelabs.io/valkey"] = "SCALED_DOWN"
