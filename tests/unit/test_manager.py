@@ -309,6 +309,7 @@ def test_the_sidecar_that_answers_probes_is_started_from_our_own_image() -> None
         }
     )
     with serving(FakeApi(), "--image", "mine/a:2", "--image-pull-policy", "Never") as manager:
+        manager.do(manager.source.look())
         response = manager.ask("/mutate", asked(probed))
     last = json.loads(base64.b64decode(response["patch"]))[-1]
     assert last["path"] == "/spec/initContainers"

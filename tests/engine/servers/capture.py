@@ -26,6 +26,8 @@ _SO_RCVBUFFORCE: Final = 33
 _BUFFER_BYTES: Final = 32 << 20
 _OUTGOING: Final = 4
 """PACKET_OUTGOING of <linux/if_packet.h>."""
+_OTHER_HOST: Final = 3
+"""PACKET_OTHERHOST of it: for somebody else on the bridge, which floods what it has not learnt yet."""
 _HEADER_BYTES: Final = 128
 """As much of a packet as is looked at."""
 
@@ -95,7 +97,7 @@ class Capture:
             while True:
                 data, sender = self._socket.recvfrom(_HEADER_BYTES)
                 packet = _parse(data, sender[1], outgoing=sender[2] == _OUTGOING)
-                if packet:
+                if packet and sender[2] != _OTHER_HOST:
                     self._packets.append(packet)
         lost = _STATISTICS.unpack(
             self._socket.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, _STATISTICS.size)
@@ -123,10 +125,16 @@ class Capture:
         return [one for one in openings if (one.peer, one.peer_port, one.own_port) not in answers]
 
     def exchanges(self, protocol: str, peer_port: int) -> list[str]:
-        """Return the directions in each flow with a server's port: > for a packet to it, < for one back."""
+        """Return the directions in each flow with a server's port: > for a packet to it, < for one back.
+
+        Without what is left of the flows that began before the capture.
+        """
         flows: dict[int, str] = {}
         for one in self.packets:
-            if (one.protocol, one.peer_port) == (protocol, peer_port):
+            if (one.protocol, one.peer_port) != (protocol, peer_port):
+                continue
+            begins = one.opening if protocol == "tcp" else one.outgoing
+            if begins or one.own_port in flows:
                 flows[one.own_port] = flows.get(one.own_port, "") + "<>"[one.outgoing]
         return list(flows.values())
 

@@ -14,7 +14,7 @@ from tests.engine.support import Container, Lab, Unmet, wait_until
 SERVERS_IMAGE: Final = "localhost/architect-test-servers:1"
 _READY_S: Final = 30.0
 
-NGINX: Final = """
+NGINX: Final = """\
 load_module /usr/lib/nginx/modules/ngx_nchan_module.so;
 daemon off;
 user www-data;

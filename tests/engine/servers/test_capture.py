@@ -22,9 +22,12 @@ def place() -> Iterator[int]:
     """A network namespace whose one interface leads nowhere."""
     with netns.scratch():
         made = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        must("ip", "link", "add", "d0", "type", "dummy")
+        must("ip", "link", "add", "d0", "type", "veth", "peer", "name", "d1")
         must("ip", "address", "add", "10.98.8.1/24", "dev", "d0")
-        netns.bring_up("d0")
+        for interface in ("d0", "d1"):
+            netns.bring_up(interface)
+        # Nobody has this address, so what is sent to it gets lost on d1.
+        must("ip", "neighbour", "add", PEER, "lladdr", "02:00:00:00:00:01", "dev", "d0")
         yield made
         os.close(made)
 

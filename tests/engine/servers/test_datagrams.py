@@ -8,7 +8,7 @@ import pytest
 from tests.engine.servers.capture import Capture
 from tests.engine.servers.machine import Machine
 from tests.engine.servers.serving import serve
-from tests.engine.support import Container, Lab, wait_until
+from tests.engine.support import Container, Done, Lab, wait_until
 
 pytestmark = pytest.mark.engine
 
@@ -142,6 +142,11 @@ PAGE = "|hello over HTTP/|"
 """A line of the page, as the client shows it."""
 
 
+def is_shown(done: Done) -> bool:
+    """Whether the client got its page; it says so where it says all the rest, on stderr."""
+    return PAGE in done.out + done.err
+
+
 def http3(server: Container, *words: str) -> list[str]:
     """The command of a client that asks for one page; it calls a server without a name localhost."""
     return [
@@ -161,15 +166,14 @@ def caddy(shared_lab: Lab, client: Machine) -> Container:
         options=["--env", "HOME=/tmp"],
         port=443,
         expose=["443/udp"],
-        ready=lambda server: PAGE in client.run(*http3(server, "--timeout=2s")).out,
+        ready=lambda server: is_shown(client.run(*http3(server, "--timeout=2s"))),
     )
 
 
 def test_http3_asks_a_sleeper(caddy: Container, client: Machine, wire: Capture) -> None:
     for _ in range(3):
         caddy.sleep()
-        done = client.run(*http3(caddy))
-        assert PAGE in done.out + done.err
+        assert is_shown(client.run(*http3(caddy)))
     flows = wire.exchanges("udp", 443)
     assert len(flows) == 3
     # The client's first flight is one datagram; a second before an answer would be a repetition.

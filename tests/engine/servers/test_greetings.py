@@ -39,7 +39,7 @@ alias_maps =
 inet_interfaces = all
 inet_protocols = ipv4
 smtpd_peername_lookup = no
-smtpd_recipient_restrictions = reject_unauth_destination
+smtpd_relay_restrictions = reject_unauth_destination
 """
 
 
@@ -99,7 +99,8 @@ def vsftpd(shared_lab: Lab, client: Machine) -> Container:
     return serve(
         shared_lab,
         "vsftpd",
-        *("vsftpd", "/tmp/conf"),
+        # Under a shell: as the first process it ends when it is given a child that is not its own.
+        *("sh", "-c", "vsftpd /tmp/conf; exit"),
         configuration="\n".join([*VSFTPD, ""]),
         port=21,
         ready=lambda server: greeted(client, server, 21),
@@ -123,7 +124,8 @@ def test_ftp_control_goes_on(
         control.connect(vsftpd.address)
     with control:
         control.set_pasv(passive)
-        vsftpd.sleep()
+        # Awake until then: who has not logged in has a process that may open no file (RLIMIT_NOFILE
+        # is 0), and CRIU needs one in it.
         assert control.login().startswith("230")
         vsftpd.sleep()
         assert control.pwd() == "/"
