@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 
 PYTHON := /usr/bin/python3
 VENV := build/venv/bin
-IMAGES := valkey test example-go
+IMAGES := valkey test example-go servers
 CLUSTER := PYTHONPATH=.:scripts $(PYTHON) -m tests.cluster
 # What the checkers look at; a folder appears here when its first file does.
 CHECKED := $(wildcard src scripts tests bench examples)
@@ -96,7 +96,7 @@ image-example-go: example-go
 	@$(PYTHON) scripts/image.py example-go
 
 .PHONY: native
-native: setup ## keeper, runc-architect, criu-hook and the eBPF object, in build/native
+native: setup ## keeper, runc-architect, criu-hook, health-check-proxy and the eBPF object, in build/native
 	@$(MAKE) --no-print-directory -C native
 
 .PHONY: bundle

@@ -1,4 +1,4 @@
-"""Runs the benchmarks: ``python -m bench [--quick] [wakes footprint throughput]``. See `make bench`."""
+"""Runs the benchmarks: ``python -m bench [--quick] [PART ...]``. See `make bench`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import subprocess
 import sys
 from typing import Any
 
-from bench import cluster, controlplane, footprint, harness, throughput, wakes
+from bench import cluster, controlplane, footprint, harness, throughput, traffic, wakes
 
 PARTS = {
     "wakes": wakes,
     "footprint": footprint,
     "throughput": throughput,
+    "traffic": traffic,
     "cluster": cluster,
     "controlplane": controlplane,
 }

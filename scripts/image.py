@@ -80,7 +80,7 @@ def recipes() -> dict[str, Recipe]:
 
     common = {name: frozen(table.pop(name)) for name in ("release", "leave_out")}
     return {
-        name: Recipe(name=name, **common, **{k: frozen(v) for k, v in row.items()})
+        name: Recipe(name=name, **common | {k: frozen(v) for k, v in row.items()})
         for name, row in table.items()
     }
 

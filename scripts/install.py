@@ -4,7 +4,8 @@ Called by the Makefile (make install, make uninstall), as root, after everything
 files live in /usr/local/lib/architect:
 
     venv/        architectd and the command line, with the locked packages they import
-    libexec/     keeper, runc-architect, criu-hook, criu-compat.so, gate.bpf.o, standins/
+    libexec/     keeper, runc-architect, criu-hook, health-check-proxy, criu-compat.so, gate.bpf.o,
+                 standins/
     criu/        CRIU with its loader and libraries (bundle.py)
     record.json  what was changed outside this folder, to undo it
 
@@ -50,7 +51,7 @@ LINKS = {
 BIN = Path("/usr/local/bin")
 UNIT = Path("/usr/local/lib/systemd/system/architectd.service")
 PROGRAMS = (
-    "keeper", "runc-architect", "criu-hook", "criu-compat.so", "gate.bpf.o",
+    "keeper", "runc-architect", "criu-hook", "health-check-proxy", "criu-compat.so", "gate.bpf.o",
     "standins/libgnutls.so.30", "standins/libnftables.so.1",
 )  # fmt: skip
 MODULES = ("architect.processes.cli.main", "architect.processes.architectd.main")

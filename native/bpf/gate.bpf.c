@@ -49,13 +49,21 @@ static long (*const load_bytes)(const void *ctx, __u32 offset, void *to,
 // restored socket into a half-closed state (SOCCR_MARK in its soccr/soccr.h).
 // Held, they would arrive after the socket has been given to its program.
 #define CRIU_MARK 0xC114
+// Carried by what health-check-proxy sends to its pod's program over lo: DSCP 23, of
+// the pool for local use (RFC 2474), which needs no privilege to set. Believed on lo only.
+#define PROBE_CLASS 0x5c
+#define CLASS_MASK 0xfc // without the two bits of ECN (RFC 3168)
+// Set on what goes to a shadow port over lo, which is translated before it comes here
+// (src/architect/adapters/shadowports.py).
+#define SHADOW_MARK 0x41730000u // "As"
+#define LOOPBACK_INDEX 1 // of lo, in every network namespace
 // RFC 8200 knows seven extension headers, and no sane packet repeats them.
 #define MAX_EXTENSIONS 7
 
 struct port_owners { // masks of owners; key is protocol << 16 | port
 	__u32 activity; // the port's packets count and can be held
 	__u32 ignored;	// they do not count; dropped unless the gate is open
-	__u32 shadow;	// as ignored, but an opening SYN always passes
+	__u32 shadow;	// as ignored, but without a program an opening SYN passes
 };
 
 // Masks of owners; the gate is open for those in neither. As masks, not one
@@ -63,6 +71,14 @@ struct port_owners { // masks of owners; key is protocol << 16 | port
 struct modes {
 	__u32 holding;
 	__u32 dropping;
+};
+
+// What else holds for owners that are not open. A map of its own: the modes' layout
+// is that of gates which older releases have pinned.
+struct sleep {
+	__u32 absent;  // no program is there: a shadow port's opening SYN is refused
+	__u32 opening; // of TCP, opening SYNs alone are held; the rest is dropped
+	__u32 probed;  // a probe's command runs: what comes over lo does not count
 };
 
 struct held { // since the owner's mode was last set
@@ -91,6 +107,13 @@ struct {
 	__type(key, __u32);
 	__type(value, struct modes);
 } modes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct sleep);
+} sleeps SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -180,36 +203,65 @@ inline_always int admit(__u32 owners, __u32 bytes)
 	return 1;
 }
 
+// A socket that is closed is answered for by its kernel, in the class of what came:
+// a program's last words to a prober would bring a reset that looks like a client's.
+inline_always int is_reset(struct __sk_buff *skb, __u32 transport, __u8 protocol)
+{
+	__u8 flags;
+
+	return protocol == IPPROTO_TCP && !load_bytes(skb, transport + 13, &flags, 1) &&
+	       flags & 0x04;
+}
+
+inline_always int is_opening(struct __sk_buff *skb, __u32 transport)
+{
+	__u8 flags;
+
+	return !load_bytes(skb, transport + 13, &flags, 1) &&
+	       (flags & 0x17) == 0x02; // SYN without FIN, RST or ACK
+}
+
 // A global function is verified once, not on each of the paths that lead to it.
-// `destination` is the port, in the host's order.
+// `destination` is the port, in the host's order; `class` the traffic class.
 __attribute__((noinline)) int judge(struct __sk_buff *skb, __u32 transport,
-				    __u8 protocol, __u16 destination)
+				    __u8 protocol, __u16 destination, __u8 class)
 {
 	struct port_owners *port;
 	struct modes *mode;
-	__u32 key, zero = 0, quiet, holding, dropping;
+	struct sleep *sleep;
+	__u32 key, zero = 0, activity, shadow, quiet, holding, dropping;
 
 	key = (__u32)protocol << 16 | destination;
 	port = map_lookup(&ports, &key);
 	if (!port || skb->mark == CRIU_MARK)
 		return PASS;
-	count_activity(port->activity);
+	activity = port->activity;
+	shadow = port->shadow;
+	quiet = port->ignored | shadow;
+	sleep = map_lookup(&sleeps, &zero);
+	if (!sleep)
+		return PASS;
+	if (skb->ifindex != LOOPBACK_INDEX) {
+		count_activity(activity);
+	} else if ((class & CLASS_MASK) == PROBE_CLASS || skb->mark == SHADOW_MARK) {
+		shadow |= activity;
+		quiet |= activity;
+		activity = 0;
+	} else if (!is_reset(skb, transport, protocol)) {
+		count_activity(activity & ~sleep->probed);
+	}
 	mode = map_lookup(&modes, &zero);
 	if (!mode)
 		return PASS;
-	quiet = port->ignored | port->shadow;
-	holding = port->activity & mode->holding;
-	dropping = (port->activity & mode->dropping) |
+	holding = activity & mode->holding;
+	dropping = (activity & mode->dropping) |
 		   (quiet & (mode->holding | mode->dropping));
 
 	// A packet that must not reach one owner's absent socket may not pass
 	// for the sake of another: it would be answered with a reset.
 	if (dropping) {
-		__u8 flags;
-
-		if (!(dropping & ~port->shadow) && protocol == IPPROTO_TCP &&
-		    !load_bytes(skb, transport + 13, &flags, 1) &&
-		    (flags & 0x17) == 0x02) // SYN without FIN, RST or ACK
+		if (!(dropping & ~(shadow & sleep->absent)) &&
+		    protocol == IPPROTO_TCP && is_opening(skb, transport))
 			return PASS;
 		count_dropped(dropping);
 		return TC_ACT_SHOT;
@@ -219,12 +271,14 @@ __attribute__((noinline)) int judge(struct __sk_buff *skb, __u32 transport,
 		// this namespace and was counted at the lower one.
 		if ((skb->mark & MARK_MASK) == MARK && skb->mark != MARK)
 			return PASS;
-		if (!admit(holding, skb->len)) {
+		if ((!(holding & ~sleep->opening) && protocol == IPPROTO_TCP &&
+		     !is_opening(skb, transport)) ||
+		    !admit(holding, skb->len)) {
 			count_dropped(holding);
 			return TC_ACT_SHOT;
 		}
 		count_held(holding);
-		skb->mark = MARK | port->activity;
+		skb->mark = MARK | activity;
 	}
 	return PASS;
 }
@@ -234,14 +288,15 @@ inline_always int has_ports(__u8 protocol)
 	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP;
 }
 
-inline_always int look_up(struct __sk_buff *skb, __u32 transport, __u8 protocol)
+inline_always int look_up(struct __sk_buff *skb, __u32 transport, __u8 protocol,
+			  __u8 class)
 {
 	__u16 destination;
 
 	if (!has_ports(protocol) ||
 	    load_bytes(skb, transport + 2, &destination, 2))
 		return PASS;
-	return judge(skb, transport, protocol, net16(destination));
+	return judge(skb, transport, protocol, net16(destination), class);
 }
 
 inline_always int parse_ipv4(struct __sk_buff *skb, __u32 network)
@@ -254,17 +309,18 @@ inline_always int parse_ipv4(struct __sk_buff *skb, __u32 network)
 	// reassembly queue, so holding that one holds the datagram.
 	if (ip.ihl < 5 || net16(ip.frag_off) & 0x1fff)
 		return PASS;
-	return look_up(skb, network + ip.ihl * 4u, ip.protocol);
+	return look_up(skb, network + ip.ihl * 4u, ip.protocol, ip.tos);
 }
 
 inline_always int parse_ipv6(struct __sk_buff *skb, __u32 network)
 {
 	struct ipv6hdr ip;
 	__u32 offset = network + sizeof(ip);
-	__u8 next;
+	__u8 next, class;
 
 	if (load_bytes(skb, network, &ip, sizeof(ip)))
 		return PASS;
+	class = ip.priority << 4 | ip.flow_lbl[0] >> 4;
 	next = ip.nexthdr;
 	for (int i = 0; i < MAX_EXTENSIONS; i++) {
 		__u8 extension[4];
@@ -278,7 +334,7 @@ inline_always int parse_ipv6(struct __sk_buff *skb, __u32 network)
 		case IPPROTO_FRAGMENT:
 			break;
 		default:
-			return look_up(skb, offset, next);
+			return look_up(skb, offset, next, class);
 		}
 		if (load_bytes(skb, offset, extension, sizeof(extension)))
 			return PASS;
@@ -326,7 +382,7 @@ SEC("tc") int gate_ethernet(struct __sk_buff *skb)
 		if (!has_ports(plain->ip.protocol))
 			return PASS;
 		return judge(skb, ETH_HLEN + sizeof(plain->ip), plain->ip.protocol,
-			     net16(plain->destination));
+			     net16(plain->destination), plain->ip.tos);
 	}
 	if (load_bytes(skb, 12, &type, 2))
 		return PASS;

@@ -8,7 +8,7 @@
  *   restore.argv  the restore command, arguments separated by NUL, written before each dump
  *   restored.pid  CRIU's pid file of a restore
  *
- * Requests: status | watch | dump-begin | dump-end | wake | arm | kill N | exit N
+ * Requests: status | watch | dump-begin CONTAINER | dump-end | wake | arm | kill N | exit N
  * Replies : "ok KEY=VALUE ..." or "error TEXT". After `watch` the keeper sends the status line again at
  * each change of phase, and the end of the connection is the end of the keeper.
  */

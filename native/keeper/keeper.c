@@ -32,6 +32,7 @@
 #include <unistd.h>
 
 #include "../common/control.h"
+#include "asleep.h"
 #include "namespaces.h"
 #include "pager.h"
 
@@ -152,6 +153,8 @@ static void answer_awaiting(enum awaiting what, const char *error)
 static void enter_phase(enum phase phase)
 {
 	self.phase = phase;
+	if (phase == RUNNING)
+		asleep_end();
 	tell_watchers();
 }
 
@@ -465,7 +468,7 @@ static void start_restore(int eager)
 
 /* ---- requests ----------------------------------------------------------------------------------- */
 
-static void dump_begin(int fd)
+static void dump_begin(int fd, const char *container)
 {
 	enum pager_state pager = pager_status()->state;
 
@@ -477,6 +480,7 @@ static void dump_begin(int fd)
 		say(fd, "error an earlier checkpoint is still linked");
 	} else {
 		pager_disarm();
+		asleep_begin(container);
 		enter_phase(DUMPING);
 		say_status(fd);
 	}
@@ -554,7 +558,7 @@ static void request(struct client *client, char *text)
 		client->watching = 1;
 		say_status(client->fd);
 	} else if (!strcmp(text, "dump-begin")) {
-		dump_begin(client->fd);
+		dump_begin(client->fd, value ? value + 1 : "");
 	} else if (!strcmp(text, "dump-end")) {
 		dump_end(client);
 	} else if (!strcmp(text, "wake")) {

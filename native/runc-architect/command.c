@@ -97,6 +97,9 @@ void command_parse(struct command *command, int argc, char **argv)
 		take(&command->bundle, value_of(word, next, "--bundle"));
 		take(&command->bundle, value_of(word, next, "-b"));
 		take(&command->pid_file, value_of(word, next, "--pid-file"));
+		take(&command->process, value_of(word, next, "--process"));
+		take(&command->process, value_of(word, next, "-p"));
+		command->detach |= !strcmp(word, "--detach") || !strcmp(word, "-d");
 		take(&command->resources, value_of(word, next, "--resources"));
 		take(&command->resources, value_of(word, next, "-r"));
 		if (is_one_of(word, verb_with_value))

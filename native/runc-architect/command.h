@@ -14,6 +14,8 @@ struct command {
 	const char *bundle;   /* create: --bundle, "." if not given */
 	const char *pid_file; /* create, exec: --pid-file, or NULL */
 	const char *resources; /* update: --resources, or NULL */
+	const char *process;  /* exec: --process, or NULL */
+	int detach;           /* exec: --detach */
 	int force;            /* delete: --force */
 	int all;              /* kill: --all */
 };

@@ -111,6 +111,7 @@ int daemon_ask(const struct request *request, char *reply, size_t room)
 	at = put_text(line, at, limit, "bundle", request->bundle);
 	at = put_text(line, at, limit, "root", request->root);
 	at = put_text(line, at, limit, "resources", request->resources);
+	at = put_text(line, at, limit, "process", request->process);
 	at += snprintf(line + at, sizeof line - at, ",\"pid\":%d}\n", request->pid);
 	if (send_all(fd, line, at) || receive_line(fd, reply, room)) {
 		close(fd);

@@ -261,6 +261,31 @@ int verb_start(const struct command *command)
 	return code;
 }
 
+/* A probe of a hibernated container: what the engine sees is a process that ends well. Detached, it is the
+ * engine's own child from the moment that this one has ended; it waits for that, since an engine learns of
+ * the pid first. */
+static int succeed(const struct command *command)
+{
+	int alive[2];
+	pid_t child;
+	char none;
+
+	if (!command->detach || !command->pid_file)
+		return 0;
+	if (pipe2(alive, O_CLOEXEC) || (child = fork()) < 0)
+		return fail(command, strerror(errno));
+	if (!child) {
+		close(alive[1]);
+		(void)!read(alive[0], &none, 1);
+		_exit(0);
+	}
+	if (write_pid_file(command->pid_file, child)) {
+		kill(child, SIGKILL);
+		return fail(command, "exec: the pid file cannot be written");
+	}
+	return 0;
+}
+
 /* Has the container woken if need be, then lets runc take over with the connection left open: it keeps
  * the container awake until runc is done with it. */
 static int awake_then_runc(const struct command *command, const char *verb)
@@ -270,10 +295,14 @@ static int awake_then_runc(const struct command *command, const char *verb)
 
 	if (keeper < 0)
 		become_runc(command);
-	connection = daemon_ask(&(struct request){ .verb = verb, .id = command->id }, reply, sizeof reply);
+	connection = daemon_ask(
+		&(struct request){ .verb = verb, .id = command->id, .process = command->process }, reply,
+		sizeof reply);
 	if (connection >= 0) {
 		if (!strncmp(reply, "error ", 6))
 			return fail(command, reply + 6);
+		if (!strcmp(reply, "ok answered"))
+			return succeed(command);
 		fcntl(connection, F_SETFD, 0);
 		close(keeper);
 		become_runc(command);

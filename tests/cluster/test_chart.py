@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import pytest
 
+from architect.processes.manager.main import options
 from tests.cluster.base import ClusterError
 from tests.cluster.helm import CHART, NAMESPACE, Helm, Object, only, pod_spec
 from tests.cluster.settings import Programs
@@ -153,6 +154,10 @@ def test_one_image_for_all(helm: Helm) -> None:
         objects = helm.rendered(*given)
         every = [c for one in WORKLOADS for c in containers(pod_spec(objects, *one))]
         assert {(c["image"], c["imagePullPolicy"]) for c in every} == {(image, policy)}
+        # It puts the same image into the pods of users, for the sidecar that answers probes.
+        manager = containers(pod_spec(objects, "Deployment", "architect-manager"))[0]
+        chosen = options([word for word in manager["args"] if word.startswith("--image")])
+        assert (chosen.image, chosen.image_pull_policy) == (image, policy)
 
 
 def test_no_pressure_drives_architectd_away(helm: Helm) -> None:

@@ -244,7 +244,7 @@ def test_the_image_has_what_people_run_in_it_and_what_nodes_get(whole: Path) -> 
     expected += [f"{prefix}/venv/bin/{name}" for name in SETTINGS["programs"]]
     expected += [f"{prefix}/VERSION", f"{prefix}/python/VERSION"]
     assert [name for name in expected if not (whole / name).exists()] == []
-    for name in ("keeper", "runc-architect", "criu-hook"):
+    for name in ("keeper", "runc-architect", "criu-hook", "health-check-proxy"):
         assert os.access(whole / prefix / "libexec" / name, os.X_OK)
     du = subprocess.run(
         ["chroot", whole, "du", "-sh", PREFIX], capture_output=True, text=True, check=True

@@ -45,7 +45,11 @@ def test_sessions_connections_and_a_pause_keep_it_awake(scaledown: int, count: i
     ):
         verdict = judge(seen)
         assert isinstance(verdict, Wait)
-        assert verdict.until == 10**16 + scaledown
+        assert verdict.held
+        assert verdict.counts
+        assert SECOND <= verdict.until - 10**16 <= max(SECOND, scaledown // 4)
+    released = judge(Observed(10**16, 0, scaledown, held_before=True))
+    assert released == Wait(10**16 + scaledown, "active", counts=True)
 
 
 def test_the_initial_delay_holds_even_if_it_was_idle_long_before() -> None:

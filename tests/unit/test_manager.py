@@ -21,6 +21,7 @@ from architect.adapters.certificates import Credentials, renewed, server_context
 from architect.adapters.kube.client import KubeError
 from architect.contract import annotations as a
 from architect.contract.annotations import CheckpointName
+from architect.decisions.podtraffic import Proxy
 from architect.processes.manager import main, server
 from architect.processes.manager.certificates import (
     CertificateFailure,
@@ -296,6 +297,24 @@ def test_warnings_and_patches_arrive(manager: Running) -> None:
     [operation] = json.loads(base64.b64decode(response["patch"]))
     assert operation["path"] == "/spec/containers/0/resizePolicy"
     assert "patch" not in manager.ask("/mutate", asked(pod()))
+
+
+def test_the_sidecar_that_answers_probes_is_started_from_our_own_image() -> None:
+    mapping = {"containerName": "app", "appPort": 8080, "shadowPort": 9080}
+    probed = pod(
+        {
+            **MANAGED,
+            a.NETWORK_MONITOR: '{"app":"packets"}',
+            a.HEALTH_CHECK_PROXY: json.dumps({"mappings": [mapping]}),
+        }
+    )
+    with serving(FakeApi(), "--image", "mine/a:2", "--image-pull-policy", "Never") as manager:
+        manager.do(manager.source.look())
+        response = manager.ask("/mutate", asked(probed))
+    last = json.loads(base64.b64decode(response["patch"]))[-1]
+    assert last["path"] == "/spec/initContainers"
+    [sidecar] = last["value"]
+    assert (sidecar["image"], sidecar["imagePullPolicy"]) == ("mine/a:2", "Never")
 
 
 def test_workloads_are_only_warned(manager: Running) -> None:
@@ -631,6 +650,8 @@ def test_options() -> None:
     }
     assert policy.defaults.monitor is a.Monitor.PACKETS
     assert main.policy(main.options(["--trusted-user", "me"])).trusted == {"me"}
+    assert policy.proxy is None
+    assert main.policy(main.options(["--image", "a"])).proxy == Proxy("a", "IfNotPresent")
     assert configurations("", "checks") != configurations("hooks", "")
     assert configurations("hooks", "") == [(Configuration.MUTATING, "hooks")]
 

@@ -25,6 +25,7 @@ from architect.decisions.podreview import (
     review_pod,
     review_workload,
 )
+from tests.unit.json_patch import applied
 
 DAEMON = "system:serviceaccount:architect:architectd"
 POLICY = Policy(trusted=frozenset({DAEMON}))
@@ -334,19 +335,6 @@ def test_a_checkpoint_of_another_namespace_needs_a_right() -> None:
 # Completion.
 
 
-def patched(made: Json, review: Review) -> Json:
-    """The pod after a patch of operations "add"."""
-    result = copy.deepcopy(made)
-    for operation in review.patch:
-        assert operation["op"] == "add"
-        *way, last = operation["path"].split("/")[1:]
-        at: Any = result
-        for part in way:
-            at = at[int(part)] if isinstance(at, list) else at[part]
-        at[last] = operation["value"]
-    return result
-
-
 def test_managed_containers_get_resize_policies_and_nothing_else() -> None:
     there = [{"resourceName": "cpu", "restartPolicy": "NotRequired"}]
     made = pod(
@@ -355,18 +343,18 @@ def test_managed_containers_get_resize_policies_and_nothing_else() -> None:
         initContainers=[container("proxy", restartPolicy="Always")],
     )
     before = copy.deepcopy(made)
-    review = complete_pod(Request(CREATE, made))
+    review = complete_pod(Request(CREATE, made), POLICY)
     assert made == before
     memory = {"resourceName": "memory", "restartPolicy": "NotRequired"}
     assert review.patch == (
         {"op": "add", "path": "/spec/initContainers/0/resizePolicy", "value": [*there, memory]},
         {"op": "add", "path": "/spec/containers/1/resizePolicy", "value": [*there, memory]},
     )
-    assert complete_pod(Request(CREATE, patched(made, review))) == UNTOUCHED
-    assert complete_pod(Request(UPDATE, made, made)) == UNTOUCHED
+    assert complete_pod(Request(CREATE, applied(made, review.patch)), POLICY) == UNTOUCHED
+    assert complete_pod(Request(UPDATE, made, made), POLICY) == UNTOUCHED
     for other in (None, "runsc-architect", "kata"):
-        assert complete_pod(Request(CREATE, pod(MANAGED, runtime=other))) == UNTOUCHED
-    assert complete_pod(Request(CREATE, pod({a.MANAGED_CONTAINERS: "app"}))) == UNTOUCHED
+        assert complete_pod(Request(CREATE, pod(MANAGED, runtime=other)), POLICY) == UNTOUCHED
+    assert complete_pod(Request(CREATE, pod({a.MANAGED_CONTAINERS: "app"})), POLICY) == UNTOUCHED
 
 
 # Workloads.
@@ -507,7 +495,7 @@ def test_no_shape_makes_it_raise(operation: str, new: Json, old: Json) -> None:
     for request in (Request(operation, new, old), Request(operation, wrapped, old)):
         for review in (
             review_pod(request, POLICY),
-            complete_pod(request),
+            complete_pod(request, POLICY),
             review_workload(request, POLICY),
         ):
             assert review.allowed or review.message
@@ -522,13 +510,13 @@ def test_no_shape_makes_it_raise(operation: str, new: Json, old: Json) -> None:
 def test_pods_of_others_are_left_alone(operation: str, new: Json, old: Json) -> None:
     request = Request(operation, new, old)
     assert review_pod(request, POLICY) == UNTOUCHED
-    assert complete_pod(request) == UNTOUCHED
+    assert complete_pod(request, POLICY) == UNTOUCHED
 
 
 @given(OURS)
 def test_a_patch_is_needed_once(made: Json) -> None:
-    after = patched(made, complete_pod(Request(CREATE, made)))
-    assert complete_pod(Request(CREATE, after)) == UNTOUCHED
+    after = applied(made, complete_pod(Request(CREATE, made), POLICY).patch)
+    assert complete_pod(Request(CREATE, after), POLICY) == UNTOUCHED
 
 
 @given(OURS, OURS)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -195,8 +195,8 @@ def return_limits(lifted: Mapping[str, str]) -> None:
             Path(file).write_text(value)
 
 
-def outsiders(pids: list[int], init: int, keeper: int) -> list[int]:
-    """Processes of a container that do not descend from its init: open exec sessions.
+def outsiders(pids: list[int], init: int, keeper: int) -> dict[int, int]:
+    """Processes of a container that do not descend from its init, with their parents: open exec sessions.
 
     CRIU dumps the init's tree only, so a container with outsiders cannot be hibernated.
     """
@@ -205,11 +205,34 @@ def outsiders(pids: list[int], init: int, keeper: int) -> list[int]:
         with contextlib.suppress(OSError, ValueError, IndexError):
             stat = Path(f"/proc/{pid}/stat").read_text()
             parents[pid] = int(stat.rpartition(")")[2].split()[1])
-    found = []
+    found = {}
     for pid in parents:
         ancestor = pid
         while ancestor in parents and ancestor != init:
             ancestor = parents[ancestor]
         if ancestor != init and pid != keeper and parents[pid] != keeper:
-            found.append(pid)
+            found[pid] = parents[pid]
     return found
+
+
+def run_by(outsiders: Mapping[int, int], commands: Collection[Sequence[str]]) -> set[int]:
+    """Those of a container's outsiders that one of the commands has started, itself included."""
+    roots = {pid for pid in outsiders if commands and _is_one_of(pid, commands)}
+    found = set()
+    for pid in outsiders:
+        ancestor = pid
+        while ancestor in outsiders and ancestor not in roots:
+            ancestor = outsiders[ancestor]
+        if ancestor in roots:
+            found.add(pid)
+    return found
+
+
+def _is_one_of(pid: int, commands: Collection[Sequence[str]]) -> bool:
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return False
+    words = line.split("\0")[:-1]
+    # A script's interpreter comes before it.
+    return any(words[-len(command) :] == list(command) for command in commands)

@@ -14,17 +14,20 @@ holds, and until `withdraw` after that. The filters of a program that is flooded
 with packets can `rest` for some seconds: that it is busy is known by then.
 """
 
+import contextlib
 import enum
 import os
 import struct
 import threading
 import time
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple, TypedDict
 
-from architect.adapters import bpf, netfilter, netns, nfqueue
+from architect.adapters import bpf, netfilter, netns, nfqueue, shadowports
+from architect.adapters.holding import Holding, Waiting
+from architect.decisions.ports import Port, Protocol, Shadow, Use
 
 OWNERS = 16
 """Owners a gate has room for, numbered from 0: the width of the mark's low half."""
@@ -44,14 +47,15 @@ _RECEIVE_BUFFER = 8 << 20
 _RECEIVE_AT_ONCE = 512
 """Keeps one `receive` below 5 ms; the descriptor stays readable for the rest."""
 _PROTOCOLS = {"tcp": 6, "udp": 17}
-_PROTOCOL_NAMES: dict[int, Literal["tcp", "udp"]] = {6: "tcp", 17: "udp"}
+_PROTOCOL_NAMES: dict[int, Protocol] = {6: "tcp", 17: "udp"}
 
 _KEY = struct.Struct("=I")
 _PORT_OWNERS = struct.Struct("=III")
 _MODES = struct.Struct("=II")
+_SLEEPS = struct.Struct("=III")
 _HELD = struct.Struct("=QQ")
 _ACTIVITY = struct.Struct("=QQQQ")
-_MAPS = ("ports", "modes", "held", "traffic", "limits")
+_MAPS = ("ports", "modes", "sleeps", "held", "traffic", "limits")
 _PROGRAMS = ("gate_ethernet", "gate_raw")
 
 
@@ -78,23 +82,18 @@ class Mode(enum.IntEnum):
     """They vanish as in a congested network; TCP clients repeat them."""
 
 
-class Use(enum.IntEnum):
-    """How a declared port is treated; the number is its place in the map's value."""
+class _Sleeps(NamedTuple):
+    """Masks of owners, as in the map `sleeps`."""
 
-    ACTIVITY = 0
-    """Its packets count, and wait in mode HOLD."""
-    IGNORED = 1
-    """They do not count, and are dropped unless the mode is OPEN."""
-    SHADOW = 2
-    """As IGNORED, but an opening SYN always passes: without a listener it is refused."""
+    absent: int
+    opening: int
+    """Of TCP they hold opening SYNs alone."""
+    probed: int
 
 
-class Port(NamedTuple):
-    """A port of the pod that belongs to an owner."""
-
-    protocol: Literal["tcp", "udp"]
-    number: int
-    use: Use = Use.ACTIVITY
+class _Shut(TypedDict):
+    holding: int
+    dropping: int
 
 
 class Activity(NamedTuple):
@@ -148,17 +147,18 @@ class Gate:
         self._program_ids: dict[str, int] = {}
         self._ports = bpf.Map(maps["ports"], _KEY, _PORT_OWNERS)
         self._mode_masks = bpf.Map(maps["modes"], _KEY, _MODES)
+        self._sleep_masks = bpf.Map(maps["sleeps"], _KEY, _SLEEPS)
         self._held_counts = bpf.Map(maps["held"], _KEY, _HELD)
         self._traffic = bpf.PerCpuMap(maps["traffic"], _KEY, _ACTIVITY)
         self._limits = bpf.Map(maps["limits"], _KEY, _HELD)
         self._tables = list(maps.values())
-        self._queue: nfqueue.Queue | None = None
+        self._holding: Holding | None = None
+        self._shadows: list[Shadow] | None = []  # None: there are some of an earlier daemon
         self._pin_names: dict[str, int] = {}
         # Copies of what only we write, so that deciding costs no system call.
         self._port_owners: dict[int, tuple[int, ...]] = {}
         self._masks = dict.fromkeys(Mode, 0)  # mode -> owners; not kept for OPEN
-        self._held: dict[int, int] = {}  # packet -> owners, in order of arrival
-        self._probe_arrived = False
+        self._sleeps = _Sleeps(0, 0, 0)
         self._lock = threading.Lock()
         self._queueing = False  # the rules are in place; under the lock, as all below
         self._resting = False  # the filters are not in place
@@ -233,24 +233,29 @@ class Gate:
         if self._limits[0] == (0, 0):
             self._limits[0] = (HELD_PACKETS, HELD_BYTES)
         self._port_owners = {key: self._ports[key] for key in self._ports}
+        if any(masks[Use.SHADOW] for masks in self._port_owners.values()):
+            self._shadows = None
         self._masks[Mode.HOLD], self._masks[Mode.DROP] = self._mode_masks[0]
+        self._sleeps = _Sleeps(*self._sleep_masks[0])
+        # A probe that ran for an earlier daemon is over, or counts.
+        self._set_sleeps(self._sleeps._replace(probed=0))
         with netns.entered(self._netns):
-            self._queue = nfqueue.Queue(
-                RULE.queue, capacity=OWNERS * HELD_PACKETS, buffer_bytes=_RECEIVE_BUFFER
+            self._holding = Holding(
+                RULE, capacity=OWNERS * HELD_PACKETS, buffer_bytes=_RECEIVE_BUFFER
             )
             # A daemon that was killed may have left them.
             found = [self._reach(family) for family in netfilter.Family]
             self._queueing = netfilter.Reach.QUEUED in found
 
     @property
-    def _reader(self) -> nfqueue.Queue:
-        if self._queue is None:
+    def _packets(self) -> Holding:
+        if self._holding is None:
             raise GateError(f"gate {self._pins.name} is closed")
-        return self._queue
+        return self._holding
 
     def fileno(self) -> int:
         """Return a descriptor that polls readable when `receive` has work to do."""
-        return self._reader.fileno()
+        return self._packets.fileno()
 
     def limit(self, packets: int, size: int) -> None:
         """Set what one owner may have held in one closing: packets, and bytes."""
@@ -315,6 +320,9 @@ class Gate:
         if self.mode(owner) is mode:
             return
         if mode is Mode.OPEN:
+            # First: a daemon killed in between must not leave it to the next dump.
+            absent, opening, probed = self._sleeps
+            self._set_sleeps(_Sleeps(absent & ~bit, opening & ~bit, probed))
             self._set_masks(owner, bit, mode)
             return
         with self._lock:
@@ -328,12 +336,45 @@ class Gate:
         masks = {found: owners & ~bit for found, owners in self._masks.items()}
         if mode is not Mode.OPEN:
             masks[mode] |= bit
+        self._allow(owner)
         try:
-            self._held_counts[owner] = (0, 0)
             self._mode_masks[0] = (masks[Mode.HOLD], masks[Mode.DROP])
         except bpf.BpfError as error:
             raise GateError(f"cannot set the mode of owner {owner}: {error}") from error
         self._masks = masks
+
+    def set_absent(self, owner: int, *, only_opening: bool | None = False) -> None:
+        """An owner that is not open has no program any more; until it is open again.
+
+        New connections to its shadow ports are refused from now on. With
+        `only_opening` new TCP connections alone wait; other segments of TCP are
+        dropped, for an owner that has no connection; None leaves that as it is.
+        """
+        bit = _bit(owner)
+        if self.mode(owner) is Mode.OPEN:
+            raise ValueError(f"owner {owner} is open")
+        absent, opening, probed = self._sleeps
+        if only_opening is not None:
+            opening = opening | bit if only_opening else opening & ~bit
+        self._set_sleeps(_Sleeps(absent | bit, opening, probed))
+
+    def set_present(self, owner: int) -> None:
+        """An owner's program is being brought back: nobody is refused any more who would find half of it."""
+        self._set_sleeps(self._sleeps._replace(absent=self._sleeps.absent & ~_bit(owner)))
+
+    def set_probed(self, owner: int, *, probed: bool) -> None:
+        """A probe's command runs in an owner, or no more: what comes over lo does not count meanwhile."""
+        bit, mask = _bit(owner), self._sleeps.probed
+        self._set_sleeps(self._sleeps._replace(probed=mask | bit if probed else mask & ~bit))
+
+    def _set_sleeps(self, masks: _Sleeps) -> None:
+        if masks == self._sleeps:
+            return
+        try:
+            self._sleep_masks[0] = masks
+        except bpf.BpfError as error:
+            raise GateError(f"cannot say who sleeps: {error}") from error
+        self._sleeps = masks
 
     def mode(self, owner: int) -> Mode:
         """Return an owner's mode, as set, or as found by `open`."""
@@ -361,28 +402,19 @@ class Gate:
 
     def _collect(self, limit: int, keep: int = 0) -> int:
         """Read the queue; hold what must wait, or belongs to an owner in `keep`."""
-        holding, dropping = self._masks[Mode.HOLD], self._masks[Mode.DROP]
-        keep |= holding
-        for owners in self._held.values():
-            if not owners & holding:  # about to be released: nothing may overtake it
-                keep |= owners
-        woken = 0
+        with self._saying():
+            return self._packets.collect(limit, **self._shut, keep=keep)
+
+    @property
+    def _shut(self) -> _Shut:
+        return {"holding": self._masks[Mode.HOLD], "dropping": self._masks[Mode.DROP]}
+
+    @contextlib.contextmanager
+    def _saying(self) -> Iterator[None]:
         try:
-            packets = self._reader.receive(limit)
-            for number, mark in packets:
-                owners = mark & ~RULE.mask
-                if mark == RULE.mark:  # our own, see netfilter.reach
-                    self._probe_arrived = True
-                    self._reader.decide([number], accept=False)
-                elif owners & keep:
-                    woken |= owners & holding
-                    self._held[number] = owners
-                else:
-                    # Marked just before the gate was opened.
-                    self._reader.decide([number], accept=not owners & dropping)
+            yield
         except nfqueue.QueueError as error:
             raise GateError(f"gate {self._pins.name}: {error}") from error
-        return woken
 
     def release(self, owner: int, accept: bool) -> int:
         """Deliver or drop what is held for an owner, in order of arrival.
@@ -394,26 +426,31 @@ class Gate:
         """
         bit = _bit(owner)
         self._collect(OWNERS * HELD_PACKETS, keep=bit)
-        holding, dropping = self._masks[Mode.HOLD], self._masks[Mode.DROP]
-        going = [
-            (number, owners)
-            for number, owners in self._held.items()
-            if owners == bit or (owners & bit and not owners & holding)
-        ]
-        accepted = [number for number, owners in going if accept and not owners & ~bit & dropping]
-        self._decide(accepted, accept=True)
-        kept = set(accepted)
-        self._decide([number for number, _ in going if number not in kept], accept=False)
-        return len(going)
+        with self._saying():
+            return self._packets.release(bit, **self._shut, accept=accept)
 
-    def _decide(self, numbers: Iterable[int], *, accept: bool) -> None:
-        numbers = list(numbers)
+    def waiting(self, owner: int) -> Waiting:
+        """Return how much is held for an owner, and for how long."""
+        return self._packets.waiting(_bit(owner))
+
+    def expire(self, seconds: float) -> int:
+        """Drop what has been held for longer; return the mask of the owners that had some.
+
+        Their senders have sent them anew since, or have given up. The owners may have as much
+        held anew.
+        """
+        with self._saying():
+            owners = self._packets.expire(seconds)
+        for owner in range(OWNERS):
+            if owners >> owner & 1:
+                self._allow(owner, self.waiting(owner).packets)
+        return owners
+
+    def _allow(self, owner: int, packets: int = 0) -> None:
         try:
-            self._reader.decide(numbers, accept=accept)
-        except nfqueue.QueueError as error:
-            raise GateError(f"gate {self._pins.name}: {error}") from error
-        for number in numbers:
-            del self._held[number]
+            self._held_counts[owner] = (packets, 0)
+        except bpf.BpfError as error:
+            raise GateError(f"cannot set the allowance of owner {owner}: {error}") from error
 
     def drop_owner(self, owner: int) -> None:
         """Forget an owner that has ended: ports, mode, counters, held packets.
@@ -424,12 +461,10 @@ class Gate:
         bit = _bit(owner)
         self.set_ports(owner, ())
         self.set_mode(owner, Mode.OPEN)
+        self.set_probed(owner, probed=False)
         self._collect(OWNERS * HELD_PACKETS, keep=bit)
-        self._decide([n for n, owners in self._held.items() if owners == bit], accept=False)
-        for number, owners in self._held.items():
-            self._held[number] = owners & ~bit
-        holding = self._masks[Mode.HOLD]
-        self._decide([n for n, owners in self._held.items() if not owners & holding], accept=True)
+        with self._saying():
+            self._packets.forget(bit, holding=self._masks[Mode.HOLD])
         try:
             self._traffic.clear(owner)
         except bpf.BpfError as error:
@@ -483,9 +518,9 @@ class Gate:
 
     def _reach(self, family: netfilter.Family) -> netfilter.Reach:
         def arrived() -> bool:
-            self._probe_arrived = False
+            self._packets.probe_arrived = False
             self._collect(_RECEIVE_AT_ONCE)
-            return self._probe_arrived
+            return self._packets.probe_arrived
 
         udp = _PROTOCOLS["udp"]
         avoid = [key & 0xFFFF for key in self._port_owners if key >> 16 == udp]
@@ -512,6 +547,11 @@ class Gate:
             raise GateError(f"gate {self._pins.name} cannot watch: {error}") from error
 
     @property
+    def busy(self) -> bool:
+        """Whether a worker is at the gate's rules or filters."""
+        return self._lock.locked()
+
+    @property
     def resting(self) -> bool:
         """Whether the filters rest."""
         return self._resting
@@ -529,7 +569,7 @@ class Gate:
         worker: the kernel waits until no CPU runs the filter any more.
         """
         with self._lock:
-            if any(self._masks.values()) or self._queue is None:
+            if any(self._masks.values()) or self._holding is None:
                 return False
             try:
                 with netns.entered(self._netns):
@@ -550,7 +590,7 @@ class Gate:
         the gate: one that then wants to hold waits.
         """
         with self._lock:
-            if self._masks[Mode.HOLD] or self._held or self._queue is None:
+            if self._masks[Mode.HOLD] or self._holding is None or self._holding:
                 return False
             if not self._queueing:
                 return True
@@ -583,6 +623,29 @@ class Gate:
             repaired.append(f"{family.value} rule")
         return repaired
 
+    def keep_shadows(self, shadows: Collection[Shadow]) -> list[str]:
+        """Have exactly these shadow ports; say what of them somebody else had taken away.
+
+        Calls nft or iptables, so it is for a worker, and for one at a time.
+        """
+        wanted = sorted(set(shadows))
+        repaired = []
+        try:
+            with netns.entered(self._netns):
+                for family in netfilter.Family if wanted or self._shadows != [] else ():
+                    backend = shadowports.backend(family)
+                    if backend is None:
+                        continue
+                    if wanted and shadowports.present(backend, family, wanted):
+                        continue
+                    shadowports.put(backend, family, wanted)
+                    if wanted == self._shadows:
+                        repaired.append(f"{family.value} shadow ports")
+        except _CAUSES as error:
+            raise GateError(f"gate {self._pins.name}: {error}") from error
+        self._shadows = wanted
+        return repaired
+
     def close(self, *, remove: bool) -> None:
         """Give the gate up; with `remove` also take it away, letting all packets pass.
 
@@ -602,7 +665,7 @@ class Gate:
         for owner in range(OWNERS):
             self.set_mode(owner, Mode.OPEN)
         self._collect(OWNERS * HELD_PACKETS, keep=~RULE.mask)
-        self._decide(list(self._held), accept=True)
+        self._packets.release_all()
         with netns.entered(self._netns):
             for interface in netns.interfaces():
                 for place in self._places(interface.number):
@@ -615,14 +678,15 @@ class Gate:
         for pin in list(self._pins.iterdir()):
             pin.unlink()
         self._pins.rmdir()
+        self.keep_shadows([])
 
     def _close(self) -> None:
-        if self._queue is None and not self._programs:
+        if self._holding is None and not self._programs:
             return
         with self._lock:
-            if self._queue is not None:
-                self._queue.close()
-                self._queue = None
+            if self._holding is not None:
+                self._holding.close()
+                self._holding = None
         for descriptor in [*self._tables, *self._programs.values(), self._netns]:
             os.close(descriptor)
         self._programs = {}

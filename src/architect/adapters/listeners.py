@@ -9,10 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterable
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-_TCP_ESTABLISHED: Final = "01"
+_TCP_OPEN: Final = ("01", "08")
+"""ESTABLISHED, CLOSE_WAIT."""
+_TCP_HALF_CLOSED: Final = ("04", "05")
+"""FIN_WAIT1, FIN_WAIT2: the kernel alone closes them, unless a program still holds the socket to read."""
+_NO_INODE: Final = "0"
 _TCP_LISTEN: Final = "0A"
 _UDP_UNCONNECTED: Final = "07"
 _KINDS: Final = (("tcp", "tcp"), ("tcp6", "tcp"), ("udp", "udp"), ("udp6", "udp"))
@@ -71,10 +76,66 @@ def local(
     return {(protocol, port) for protocol, port, inode in candidates if inode in inodes}
 
 
-def established(netns_pid: int, ports: Collection[int]) -> int:
-    """How many TCP connections to ``ports`` are established in the namespace of ``netns_pid``."""
-    return sum(
-        row[3] == _TCP_ESTABLISHED and _port(row[1]) in ports
+class Connection(NamedTuple):
+    """One end of a TCP connection in the namespace."""
+
+    port: int
+    """The local one."""
+    peer: str
+    peer_port: int
+
+
+def connections(netns_pid: int, ports: Collection[int]) -> set[Connection]:
+    """The TCP connections to ``ports`` that are open in the namespace of ``netns_pid``.
+
+    Open is what the kernel still has for a program: established ones, which one whose peer has vanished
+    stays until keep-alive or retransmission gives up; those that the peer has half closed; and those that
+    the program has half closed and still holds. Waiting for a program's ``accept`` is open too.
+    """
+    return {
+        Connection(_port(row[1]), _address(row[2]), _port(row[2]))
         for table in ("tcp", "tcp6")
         for row in _rows(netns_pid, table)
-    )
+        if (row[3] in _TCP_OPEN or (row[3] in _TCP_HALF_CLOSED and row[9] != _NO_INODE))
+        and _port(row[1]) in ports
+    }
+
+
+def translated(netns_pid: int, ports: Collection[int]) -> set[Connection]:
+    """Connections that were made to ``ports`` and are translated to others, of which these are the ends.
+
+    From the kernel's table of tracked connections; empty on a kernel that does not show it
+    (CONFIG_NF_CONNTRACK_PROCFS).
+    """
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{netns_pid}/net/nf_conntrack").read_text().splitlines():
+            connection = _translation(line, ports)
+            if connection is not None:
+                found.add(connection)
+    return found
+
+
+def _translation(line: str, ports: Collection[int]) -> Connection | None:
+    """The program's end of the tracked connection that the line is of, if one to ``ports``."""
+    words = [word.partition("=")[::2] for word in line.split()]
+    both = {name: [value for key, value in words if key == name] for name in _TUPLE}
+    if ("tcp", "") not in words or any(len(values) != 2 for values in both.values()):
+        return None
+    if int(both["dport"][0]) not in ports:
+        return None
+    # The answers' direction is as the program sees it: the client's port may have been translated, too.
+    peer = str(ip_address(both["dst"][1]))
+    return Connection(int(both["sport"][1]), peer, int(both["dport"][1]))
+
+
+_TUPLE: Final = ("src", "dst", "sport", "dport")
+
+
+def _address(text: str) -> str:
+    """The address of "HEX:PORT": 32-bit words in the machine's order, each of which is big-endian."""
+    words = bytes.fromhex(text.rpartition(":")[0])
+    raw = b"".join(words[place : place + 4][::-1] for place in range(0, len(words), 4))
+    found = ip_address(raw)
+    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
+    return str(mapped or found)

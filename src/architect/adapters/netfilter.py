@@ -118,7 +118,8 @@ def _find(program: str) -> str | None:
     return next((str(path) for path in paths if os.access(path, os.X_OK)), None)
 
 
-def _call(program: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+def call(program: str, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a tool with a text as its input. Raises NetfilterError if it cannot be run."""
     path = _find(program)
     if path is None:
         raise NetfilterError(f"{program} is not installed")
@@ -136,14 +137,16 @@ def _call(program: str, *arguments: str, text: str = "") -> subprocess.Completed
         raise NetfilterError(f"{program} could not be run: {error}") from error
 
 
-def _checked(program: str, *arguments: str, text: str = "") -> None:
-    done = _call(program, *arguments, text=text)
+def checked(program: str, *arguments: str, text: str = "") -> None:
+    """Run a tool to its good end. Raises NetfilterError with what it said."""
+    done = call(program, *arguments, text=text)
     if done.returncode:
         said = " ".join(done.stderr.split())
         raise NetfilterError(f"{program} failed with status {done.returncode}: {said}")
 
 
-def _iptables(backend: Backend, family: Family) -> str:
+def iptables(backend: Backend, family: Family) -> str:
+    """The name of the backend's tool for a family."""
     suffix = backend.value.removeprefix("iptables")
     return ("iptables" if family is Family.IPV4 else "ip6tables") + suffix
 
@@ -153,7 +156,8 @@ def _iptables_rule(rule: Rule) -> list[str]:
     return f"-m mark --mark {mark} -j NFQUEUE --queue-num {rule.queue}".split()
 
 
-def _nft_family(family: Family) -> str:
+def nft_family(family: Family) -> str:
+    """The family's name for nft."""
     return "ip" if family is Family.IPV4 else "ip6"
 
 
@@ -163,8 +167,8 @@ def install(backend: Backend, family: Family, rule: Rule) -> None:
     It must not be there yet. Raises NetfilterError.
     """
     if backend is Backend.NFT:
-        table = f"{_nft_family(family)} {_TABLE}"
-        _checked(
+        table = f"{nft_family(family)} {_TABLE}"
+        checked(
             "nft",
             "-f",
             "-",
@@ -178,8 +182,8 @@ def install(backend: Backend, family: Family, rule: Rule) -> None:
             ),
         )
         return
-    _checked(
-        f"{_iptables(backend, family)}-restore",
+    checked(
+        f"{iptables(backend, family)}-restore",
         "--noflush",
         "-w",
         str(_COMMAND_SECONDS // 2),
@@ -193,25 +197,25 @@ def present(backend: Backend, family: Family, rule: Rule) -> bool:
     Raises NetfilterError if the tool cannot be run.
     """
     if backend is Backend.NFT:
-        done = _call("nft", "list", "chain", _nft_family(family), _TABLE, _CHAIN)
+        done = call("nft", "list", "chain", nft_family(family), _TABLE, _CHAIN)
         return done.returncode == 0 and "queue" in done.stdout
     arguments = ["-w", str(_COMMAND_SECONDS // 2), "-t", "mangle", "-C", "PREROUTING"]
-    return not _call(_iptables(backend, family), *arguments, *_iptables_rule(rule)).returncode
+    return not call(iptables(backend, family), *arguments, *_iptables_rule(rule)).returncode
 
 
 def remove(backend: Backend, family: Family, rule: Rule) -> None:
     """Remove the rule, and whatever else of ours is there. Raises NetfilterError."""
     if backend is Backend.NFT:
-        table = f"{_nft_family(family)} {_TABLE}"
+        table = f"{nft_family(family)} {_TABLE}"
         # Adding first makes the deletion good for an absent table, too.
-        _checked("nft", "-f", "-", text=f"add table {table}\ndelete table {table}\n")
+        checked("nft", "-f", "-", text=f"add table {table}\ndelete table {table}\n")
         return
-    tool, wait = _iptables(backend, family), ("-w", str(_COMMAND_SECONDS // 2))
+    tool, wait = iptables(backend, family), ("-w", str(_COMMAND_SECONDS // 2))
     while present(backend, family, rule):
-        _checked(tool, *wait, "-t", "mangle", "-D", "PREROUTING", *_iptables_rule(rule))
+        checked(tool, *wait, "-t", "mangle", "-D", "PREROUTING", *_iptables_rule(rule))
     if backend is Backend.IPTABLES_NFT:
         # An empty chain is on each packet's way too. Refused, rightly, while it has others' rules.
-        _call(tool, *wait, "-t", "mangle", "-X", "PREROUTING")
+        call(tool, *wait, "-t", "mangle", "-X", "PREROUTING")
 
 
 def reach(

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from architect.contract.errors import ArchitectError
 
@@ -49,8 +49,17 @@ def command(words: Sequence[str]) -> list[str]:
     return [*found[:1], *flags] if found else []
 
 
-async def declared_ports(podman: Sequence[str], container: str) -> list[tuple[str, int]]:
-    """Ports (protocol, number) that the container declares: published or exposed, its pod's included.
+class Declared(NamedTuple):
+    """What a container's configuration says."""
+
+    ports: list[tuple[str, int]]
+    """Protocol and number; published or exposed, its pod's included."""
+    healthcheck: Any
+    """As in the configuration: a list of words, or None."""
+
+
+async def declared(podman: Sequence[str], container: str) -> Declared:
+    """What the container declares.
 
     Blocks while Podman holds the container's lock, that is until a start under way is over.
 
@@ -64,7 +73,20 @@ async def declared_ports(podman: Sequence[str], container: str) -> list[tuple[st
     if found.get("Pod"):
         pod = await _inspect(podman, "pod", found["Pod"])
         ports |= _ports((pod.get("InfraConfig") or {}).get("PortBindings"))
-    return sorted(ports)
+    healthcheck = found.get("Config", {}).get("Healthcheck") or {}
+    return Declared(sorted(ports), healthcheck.get("Test"))
+
+
+async def is_healthy(podman: Sequence[str], container: str) -> bool:
+    """Whether the container's healthcheck was passed when it was last made.
+
+    Raises:
+        EngineError: Podman failed.
+    """
+    found = (await _inspect(podman, "container", container)).get("State", {})
+    # Podman before 4.4 calls it Healthcheck.
+    health = found.get("Health") or found.get("Healthcheck") or {}
+    return health.get("Status") == "healthy"
 
 
 def _ports(bindings: dict[str, Any] | None) -> set[tuple[str, int]]:

@@ -41,6 +41,7 @@ START_FROM_PERSISTENT_CHECKPOINT = PREFIX + "start-from-persistent-checkpoint"
 
 CPU_REQUESTS = PREFIX + "cpu-requests"
 MEMORY_REQUESTS = PREFIX + "memory-requests"
+EXEC_PROBES = PREFIX + "exec-probes"
 
 USER_ANNOTATIONS = (
     MANAGED_CONTAINERS,
@@ -62,8 +63,8 @@ USER_ANNOTATIONS = (
 )
 """All that users may write."""
 
-OWN_ANNOTATIONS = (CPU_REQUESTS, MEMORY_REQUESTS)
-"""Those that the control plane writes on the pod itself."""
+OWN_ANNOTATIONS = (CPU_REQUESTS, MEMORY_REQUESTS, EXEC_PROBES)
+"""Those that only we write on a pod: the requests of what sleeps, and its exec probes' commands."""
 
 MINIMUM_SCALEDOWN_NS = durations.SECOND
 MAXIMUM_INITIAL_DELAY_NS = 24 * durations.HOUR
@@ -145,6 +146,8 @@ class ContainerSettings:
     """Ports that reach the application without counting as activity."""
     health_ports: tuple[PortMapping, ...] = ()
     """Ports on which the proxy answers probes."""
+    others_ports: frozenset[int] = frozenset()
+    """Shadow ports of the pod, of whatever container, the proxy's included: none is the program's own."""
     autoscaleup_after_migration: bool = False
     """Whether it wakes by itself after a migration."""
     scaleup_timeout_ns: int = DEFAULT_SCALEUP_TIMEOUT_NS
@@ -454,6 +457,7 @@ def parse(
             )
     effective = {name: monitors.get(name, defaults.monitor) for name in managed}
     kept = _usable_mappings(mappings, effective, warnings)
+    others = frozenset(one.shadow_port for found in kept.values() for one in found)
     warnings.extend(_unknown(annotations))
 
     return PodSettings(
@@ -472,6 +476,7 @@ def parse(
                 ignored_ports=ignored.get(name, frozenset()),
                 shadow_ports=tuple(m for m in kept[SHADOW_PORTS] if m.container == name),
                 health_ports=tuple(m for m in kept[HEALTH_CHECK_PROXY] if m.container == name),
+                others_ports=others,
                 autoscaleup_after_migration=name in lists[POSTMIGRATION_AUTOSCALEUP_CONTAINERS],
                 scaleup_timeout_ns=timeouts.get(name, defaults.scaleup_timeout_ns),
                 migrate_emptydir=name in lists[MIGRATE_EMPTYDIR_CONTAINERS],

@@ -23,6 +23,8 @@ MANAGER: Final = "architect-manager"
 CONTROL_PLANE: Final = "architect-control-plane"
 DAEMON: Final = "architectd"
 """Names of the components; each of their pods has it as the label ``app``."""
+PROXY_CONTAINER: Final = "architect-health-check-proxy"
+"""The sidecar that answers probes for hibernated containers: in the pods of users, never managed."""
 
 NODE_LABEL: Final = PREFIX + "node"
 """``true`` on nodes that run managed pods: set by the user, asked for by the runtime classes."""

@@ -48,6 +48,10 @@ class ContainerRecord(msgspec.Struct, kw_only=True):
     """CLOCK_REALTIME seconds of its last change of state."""
     ports: list[tuple[str, int]] | None = None
     """Declared ports (protocol, number); None until the engine has been asked."""
+    proxy: int = 0
+    """The process that answers probes for it outside Kubernetes; 0 for none."""
+    probes: list[list[str]] = []
+    """Commands of its exec probes and healthcheck: no activity, and answered while it sleeps."""
     quiet: list[tuple[str, int]] = []
     """Its other local ports as of its last dump: packets to them are dropped while it sleeps."""
     mounts: list[tuple[str, str]] | None = None
@@ -131,6 +135,13 @@ class Row(msgspec.Struct, kw_only=True):
     last_scale_up_ms: float | None
     checkpoint_bytes: int
     memory_bytes: int
+    held_packets: int = 0
+    """Packets that wait for it now."""
+    held_s: float = 0.0
+    """Seconds for which the first of them has waited."""
+    dropped_packets: int = 0
+    """Packets that were dropped since it appeared: while it slept and they were not to wake it, or beyond
+    the bound on held ones."""
     error: str | None
 
 
@@ -146,4 +157,6 @@ class Request(msgspec.Struct, kw_only=True):
     container: str = ""
     resources: str = ""
     """Of an update: the limits asked for, as the OCI specification's LinuxResources."""
+    process: str = ""
+    """Of an exec: the file that describes the process (OCI specification, Process)."""
     follow: bool = False

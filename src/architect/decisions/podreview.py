@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Final
+from typing import Final
 
 from architect.contract import paths
 from architect.contract.annotations import (
     DEFAULTS,
+    EXEC_PROBES,
     IGNORE_ACTIVITY_PORTS,
     MANAGED_CONTAINERS,
     MANAGED_POD,
@@ -36,15 +37,28 @@ from architect.contract.annotations import (
 from architect.contract.errors import ArchitectError, InvalidAnnotation, quoted
 from architect.contract.kubernetes import (
     NODE_LABEL,
+    PROXY_CONTAINER,
     RUNC_CLASS,
     RUNSC_CLASS,
-    RUNTIME_CLASSES,
     SCALED_DOWN,
     WAKE_REQUESTED,
     status_label,
 )
+from architect.decisions import podtraffic
 from architect.decisions.admission import Reason
 from architect.decisions.distros import LAYOUTS
+from architect.decisions.podobject import (
+    FieldRefused,
+    Object,
+    as_object,
+    as_objects,
+    as_text,
+    containers,
+    ports,
+    runtime_class,
+    spec_of,
+    strings,
+)
 
 CREATE: Final = "CREATE"
 UPDATE: Final = "UPDATE"
@@ -59,15 +73,6 @@ _PRIVATE: Final = (
     *(PurePosixPath(p) for p in (paths.RUN, paths.STATE, paths.PREFIX)),
     *_CONTAINERD,
 )
-
-Object = Mapping[str, Any]
-
-
-class FieldRefused(ArchitectError):
-    """A field of a pod that cannot be together with Architect."""
-
-    def __init__(self, name: str, value: object, why: str, fix: str) -> None:
-        super().__init__(f"field {name}, value {quoted(value)}", why, fix)
 
 
 class NotTheirs(ArchitectError):
@@ -98,6 +103,8 @@ class Policy:
     """What holds for containers whose annotations are silent."""
     trusted: frozenset[str] = frozenset()
     """User names of our own components, which write the states on the pods."""
+    proxy: podtraffic.Proxy | None = None
+    """The sidecar that answers probes; None if its image is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,66 +128,17 @@ class Review:
 UNTOUCHED: Final = Review()
 
 
-# Objects of any shape: what is not there or not of its kind reads as empty.
-
-
-def _object(value: object) -> Object:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _objects(value: object) -> list[Object]:
-    """The items of a list, an empty object for each that is none: indexes stay."""
-    return [_object(item) for item in value] if isinstance(value, list) else []
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _spec(pod: Object) -> Object:
-    return _object(pod.get("spec"))
-
-
-def _strings(pod: Object, kind: str) -> dict[str, str]:
-    """The pod's labels or annotations."""
-    found = _object(_object(pod.get("metadata")).get(kind))
-    return {k: v for k, v in found.items() if isinstance(v, str)}
-
-
-def runtime_class(pod: Object) -> str | None:
-    """The pod's runtime class if it is one of ours."""
-    name = _spec(pod).get("runtimeClassName")
-    return name if isinstance(name, str) and name in RUNTIME_CLASSES else None
-
-
-def _is_sidecar(container: Object) -> bool:
-    """Whether an init container is one that runs as long as the pod."""
-    return container.get("restartPolicy") == "Always"
-
-
-def _containers(pod: Object) -> dict[str, tuple[str, Object]]:
-    """The containers that can be managed by name, each with its place as a JSON pointer."""
-    spec = _spec(pod)
-    found: dict[str, tuple[str, Object]] = {}
-    for kind in ("initContainers", "containers"):
-        for i, container in enumerate(_objects(spec.get(kind))):
-            if kind == "containers" or _is_sidecar(container):
-                found[_text(container.get("name"))] = f"/spec/{kind}/{i}", container
-    found.pop("", None)
-    return found
-
-
 def _settings(pod: Object) -> dict[str, str]:
     """The annotations by which users tell us what they want."""
-    ours = _strings(pod, "annotations").items()
+    ours = strings(pod, "annotations").items()
     written = {*OWN_ANNOTATIONS, WAKE_REQUESTED}
     return {k: v for k, v in ours if k.startswith(PREFIX) and k not in written}
 
 
 def _written_by_us(pod: Object) -> dict[tuple[str, str], str]:
     """The labels and annotations that only Architect writes."""
-    labels = _strings(pod, "labels").items()
-    annotations = _strings(pod, "annotations").items()
+    labels = strings(pod, "labels").items()
+    annotations = strings(pod, "annotations").items()
     return {("label", k): v for k, v in labels if k.startswith(STATUS_LABEL_PREFIX)} | {
         ("annotation", k): v for k, v in annotations if k in OWN_ANNOTATIONS
     }
@@ -188,11 +146,15 @@ def _written_by_us(pod: Object) -> dict[tuple[str, str], str]:
 
 def _read(pod: Object, annotations: Mapping[str, str], defaults: Defaults) -> PodSettings:
     """Parse, with better words for a container that is there but ends before the others start."""
-    known = _containers(pod)
+    known = containers(pod)
     try:
         return parse(annotations, tuple(known), defaults)
     except InvalidAnnotation as error:
-        init = {_text(c.get("name")) for c in _objects(_spec(pod).get("initContainers"))}
+        if error.value == PROXY_CONTAINER:
+            why = "is Architect's own sidecar, which answers for hibernated containers"
+            fix = "take it out: it is never hibernated itself"
+            raise InvalidAnnotation(error.annotation, error.key, error.value, why, fix) from error
+        init = {as_text(c.get("name")) for c in as_objects(spec_of(pod).get("initContainers"))}
         if not isinstance(error.value, str) or error.value not in init - {*known, ""}:
             raise
         raise InvalidAnnotation(
@@ -213,7 +175,7 @@ def _managed(pod: Object) -> tuple[str, ...]:
         listed = parse({MANAGED_CONTAINERS: text}).managed_containers or ()
     except InvalidAnnotation:
         return ()
-    known = _containers(pod)
+    known = containers(pod)
     return tuple(name for name in listed if name in known)
 
 
@@ -226,6 +188,9 @@ def _refuse_forged(request: Request, policy: Policy) -> None:
         return
     new = _written_by_us(request.object)
     old = _written_by_us(request.old) if request.operation == UPDATE else {}
+    if request.operation == CREATE and runtime_class(request.object) == RUNC_CLASS:
+        # Of a new pod it is ours, whatever its user wrote: complete_pod has seen to that.
+        new.pop(("annotation", EXEC_PROBES), None)
     for kind, key in sorted({*new, *old}):
         value = new.get((kind, key))
         if value == old.get((kind, key)):
@@ -252,9 +217,9 @@ def _plain(path: str) -> PurePosixPath:
 
 
 def _refuse_host_paths(pod: Object) -> None:
-    for i, volume in enumerate(_objects(_spec(pod).get("volumes"))):
+    for i, volume in enumerate(as_objects(spec_of(pod).get("volumes"))):
         source = volume.get("hostPath")
-        path = _text(_object(source).get("path"))
+        path = as_text(as_object(source).get("path"))
         if not path:
             continue
         plain = _plain(path)
@@ -283,7 +248,7 @@ def _refuse_shared_namespaces(pod: Object, listed: Sequence[str]) -> None:
         ("shareProcessNamespace", "it shares its pid namespace with other containers"),
         ("hostNetwork", "it runs in the host's network namespace"),
     ):
-        if _spec(pod).get(name) is True:
+        if spec_of(pod).get(name) is True:
             fix = f"remove {name}, or take it out of {MANAGED_CONTAINERS}"
             raise FieldRefused(f"spec.{name}", "true", f"{which}: {why}", fix)
 
@@ -291,35 +256,27 @@ def _refuse_shared_namespaces(pod: Object, listed: Sequence[str]) -> None:
 # What is warned about.
 
 
-def _ports(container: Object) -> set[tuple[str, int]]:
-    """The declared ports; SCTP is left out as on the node (naming.kubelet_ports)."""
-    found = set()
-    for port in _objects(container.get("ports")):
-        protocol, number = port.get("protocol", "TCP"), port.get("containerPort")
-        if protocol in ("TCP", "UDP") and isinstance(number, int):
-            found.add((protocol, number))
-    return found
-
-
-def _port_warnings(settings: ContainerSettings, ports: set[tuple[str, int]]) -> list[str]:
+def _port_warnings(settings: ContainerSettings, declared: set[tuple[str, int]]) -> list[str]:
     name = quoted(settings.name)
     warnings = []
+    shadows = {one.shadow_port for one in (*settings.shadow_ports, *settings.health_ports)}
+    declared = {(protocol, number) for protocol, number in declared if number not in shadows}
     if settings.monitor is Monitor.NONE:
-        if ports and settings.autoscaledown:
+        if declared and settings.autoscaledown:
             warnings.append(
                 f"container {name} declares ports but is not in {NETWORK_MONITOR}: traffic does "
                 "not wake it and is dropped while it is hibernated, only kubectl exec wakes it"
             )
-    elif not ports:
+    elif not declared:
         warnings.append(
             f"container {name} declares no ports, so no traffic wakes it; declare them under ports"
         )
-    elif settings.monitor is Monitor.CONNECTIONS and all(p != "TCP" for p, _ in ports):
+    elif settings.monitor is Monitor.CONNECTIONS and all(p != "TCP" for p, _ in declared):
         warnings.append(
             f"container {name} declares no TCP port, so no connection wakes it; "
             f'write "packets" in {NETWORK_MONITOR}'
         )
-    undeclared = settings.ignored_ports - {number for _, number in ports}
+    undeclared = settings.ignored_ports - {number for _, number in declared}
     if undeclared:
         numbers = ", ".join(map(str, sorted(undeclared)))
         warnings.append(
@@ -334,7 +291,7 @@ def _resize_warnings(name: str, container: Object) -> list[str]:
     return [
         f"container {quoted(name)} keeps its request of {resource} while it is hibernated, because "
         f"its resizePolicy says RestartContainer; write NotRequired"
-        for policy in _objects(container.get("resizePolicy"))
+        for policy in as_objects(container.get("resizePolicy"))
         if (resource := policy.get("resourceName")) in _RESIZABLE
         and policy.get("restartPolicy") == "RestartContainer"
     ]
@@ -342,7 +299,7 @@ def _resize_warnings(name: str, container: Object) -> list[str]:
 
 def _container_warnings(pod: Object, settings: PodSettings) -> list[str]:
     warnings = []
-    for name, (_, container) in _containers(pod).items():
+    for name, (_, container) in containers(pod).items():
         chosen = settings.container(name)
         if not chosen.managed:
             continue
@@ -352,9 +309,13 @@ def _container_warnings(pod: Object, settings: PodSettings) -> list[str]:
                 "checkpoint can hold; leave out tty"
             )
             continue
-        warnings += _port_warnings(chosen, _ports(container))
+        warnings += _port_warnings(chosen, ports(container))
         warnings += _resize_warnings(name, container)
     return warnings
+
+
+def _traffic_warnings(pod: Object, settings: PodSettings) -> list[str]:
+    return podtraffic.warnings(pod, settings) if runtime_class(pod) == RUNC_CLASS else []
 
 
 def _class_warnings(pod: Object, settings: PodSettings) -> list[str]:
@@ -385,9 +346,9 @@ def _class_warnings(pod: Object, settings: PodSettings) -> list[str]:
 
 def _started(pod: Object, name: str) -> bool:
     """Whether the container has been created on a node already."""
-    status = _object(pod.get("status"))
+    status = as_object(pod.get("status"))
     for kind in ("containerStatuses", "initContainerStatuses"):
-        for container in _objects(status.get(kind)):
+        for container in as_objects(status.get(kind)):
             if container.get("name") == name and container.get("containerID"):
                 return True
     return False
@@ -414,6 +375,8 @@ def _created(request: Request, policy: Policy) -> Review:
     pod = request.object
     _refuse_forged(request, policy)
     _refuse_host_paths(pod)
+    if runtime_class(pod) == RUNC_CLASS:
+        podtraffic.refuse_namesake(pod)
     settings = _read(pod, _settings(pod), policy.defaults)
     listed = settings.managed_containers or ()
     _refuse_shared_namespaces(pod, listed)
@@ -423,6 +386,8 @@ def _created(request: Request, policy: Policy) -> Review:
                 *settings.warnings,
                 *_class_warnings(pod, settings),
                 *_container_warnings(pod, settings),
+                *_traffic_warnings(pod, settings),
+                *podtraffic.uninjected(settings, policy.proxy),
             ]
         ),
         needs=_elsewhere(settings, request.namespace),
@@ -452,7 +417,9 @@ def _updated(request: Request, policy: Policy) -> Review:
     _refuse_shared_namespaces(pod, added)
     warnings += settings.warnings
     warnings += _container_warnings(pod, settings)
+    warnings += _traffic_warnings(pod, settings)
     if runtime_class(pod) == RUNC_CLASS:
+        warnings += podtraffic.fixed(pod, settings)
         warnings += [
             f"container {quoted(name)} has started unmanaged; it becomes managed at its next start"
             for name in added
@@ -483,24 +450,34 @@ def review_pod(request: Request, policy: Policy) -> Review:
         return Review(allowed=False, message=str(refusal), forbidden=forbidden)
 
 
-def complete_pod(request: Request) -> Review:
+def complete_pod(request: Request, policy: Policy) -> Review:
     """Return the patch that a new pod needs. Patched once, it needs no more.
 
-    Only what its node cannot do: the resize policies that let a sleeper give back its requests
-    without being restarted, which are fixed at creation. Defaults are the node's (its flags), and
-    Go programs, which would otherwise use io_uring or Multipath TCP, need nothing here either:
-    the node's seccomp rules see to it (decisions.seccomp).
+    Only what its node cannot do, because it is fixed at creation: the resize policies that let a
+    sleeper give back its requests without being restarted, and what decisions.podtraffic adds. Defaults
+    are the node's (its flags), and Go programs, which would otherwise use io_uring or Multipath TCP,
+    need nothing here either: the node's seccomp rules see to it (decisions.seccomp).
     """
     pod = request.object
     if request.operation != CREATE or runtime_class(pod) != RUNC_CLASS:
         return UNTOUCHED
+    try:
+        settings = _read(pod, _settings(pod), policy.defaults)
+    except InvalidAnnotation:
+        settings = None  # review_pod refuses it, in its own words.
+    patch = [*_resizable(pod), *podtraffic.operations(pod, settings, policy.proxy)]
+    return Review(patch=tuple(patch), warnings=podtraffic.overwritten(pod))
+
+
+def _resizable(pod: Object) -> list[Object]:
+    """Resize policies that restart nothing, for the managed containers that have none."""
     listed = _managed(pod)
-    patch = []
-    for name, (place, container) in _containers(pod).items():
+    patch: list[Object] = []
+    for name, (place, container) in containers(pod).items():
         there = container.get("resizePolicy") or []
         if name not in listed or not isinstance(there, list):
             continue
-        known = [policy.get("resourceName") for policy in _objects(there)]
+        known = [policy.get("resourceName") for policy in as_objects(there)]
         missing = [
             {"resourceName": resource, "restartPolicy": "NotRequired"}
             for resource in _RESIZABLE
@@ -509,19 +486,19 @@ def complete_pod(request: Request) -> Review:
         if missing:
             value = [*there, *missing]
             patch.append({"op": "add", "path": f"{place}/resizePolicy", "value": value})
-    return Review(patch=tuple(patch))
+    return patch
 
 
 def _template(workload: Object) -> Object:
-    spec = _spec(workload)
+    spec = spec_of(workload)
     if "jobTemplate" in spec:
-        spec = _spec(_object(spec.get("jobTemplate")))
-    return _object(spec.get("template"))
+        spec = spec_of(as_object(spec.get("jobTemplate")))
+    return as_object(spec.get("template"))
 
 
 def _is_owned(workload: Object) -> bool:
     """Whether a controller has written it, which reads no warnings: its own template was warned of."""
-    owners = _objects(_object(workload.get("metadata")).get("ownerReferences"))
+    owners = as_objects(as_object(workload.get("metadata")).get("ownerReferences"))
     return any(owner.get("controller") is True for owner in owners)
 
 
@@ -538,7 +515,7 @@ def review_workload(request: Request, policy: Policy) -> Review:
     before = _template(request.old), _settings(request.old)
     if request.operation == UPDATE and before == (template, misplaced):
         return UNTOUCHED
-    kind = _text(workload.get("kind")) or "workload"
+    kind = as_text(workload.get("kind")) or "workload"
     settings = _settings(template)
     warnings = [
         f"annotation {quoted(key)} on the {kind} itself has no effect; "
@@ -554,6 +531,8 @@ def review_workload(request: Request, policy: Policy) -> Review:
             )
     else:
         review = review_pod(Request(CREATE, template, namespace=request.namespace), policy)
+        if runtime_class(template) == RUNC_CLASS:
+            warnings += podtraffic.overwritten(template)
         warnings += review.warnings
         if not review.allowed:
             warnings.append(f"pods of this {kind} will be refused: {review.message}")
@@ -567,7 +546,7 @@ def review_workload(request: Request, policy: Policy) -> Review:
 
 
 def _node_selector(template: Object) -> Object:
-    return _object(_object(template.get("spec")).get("nodeSelector"))
+    return as_object(as_object(template.get("spec")).get("nodeSelector"))
 
 
 def refuse_checkpoint(needed: CheckpointName, username: str, failure: str = "") -> Review:
@@ -596,7 +575,7 @@ def is_asleep(pod: Object, container: str | None = None) -> bool:
     """Whether the container (None: any) of a pod of ours is hibernated, by the pod's label."""
     if runtime_class(pod) is None:
         return False
-    labels = _strings(pod, "labels")
+    labels = strings(pod, "labels")
     if container:
         return labels.get(status_label(container)) == SCALED_DOWN
     return any(k.startswith(STATUS_LABEL_PREFIX) and v == SCALED_DOWN for k, v in labels.items())

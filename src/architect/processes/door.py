@@ -15,12 +15,12 @@ from typing import Any
 
 import msgspec
 
-from architect.adapters import podman, rundir
+from architect.adapters import netfilter, netns, podman, rundir, shadowports
 from architect.contract import oci, paths
-from architect.contract.annotations import USER_ANNOTATIONS
-from architect.contract.errors import ArchitectError
+from architect.contract.annotations import SHADOW_PORTS, USER_ANNOTATIONS
+from architect.contract.errors import ArchitectError, ContainerRefused
 from architect.contract.records import ContainerRecord
-from architect.decisions import admission, naming
+from architect.decisions import admission, naming, probes
 
 
 class BadBundle(ArchitectError):
@@ -49,6 +49,8 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
     answer = admission.decide(spec, podman.container_name(monitor), os.uname().machine)
     if isinstance(answer, admission.Unmanaged):
         return Answer(None, answer.warnings)
+    if answer.container.shadow_ports:
+        _require_translation(answer.identity)
     rootfs = Path(bundle) / oci.root_path(spec)
     annotations = oci.annotations(spec)
     ours = {key: value for key, value in annotations.items() if key in USER_ANNOTATIONS}
@@ -67,6 +69,7 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
         pod_uid=annotations.get(naming.CRI_SANDBOX_UID, ""),
         sandbox=naming.sandbox_id(annotations),
         ports=naming.kubelet_ports(annotations),
+        probes=probes.commands(annotations, answer.identity.container),
     )
     try:
         fresh = config.with_name("config.json.architect")
@@ -84,6 +87,17 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
             fix=f"see to it that {paths.RUN} and the bundle can be written",
         ) from error
     return Answer(record, answer.warnings)
+
+
+def _require_translation(identity: naming.Identity) -> None:
+    try:
+        shadowports.backend(netfilter.Family.IPV4)
+    except (netfilter.NetfilterError, netns.NetnsError) as error:
+        raise ContainerRefused(
+            f"container {identity} cannot have shadow ports",
+            str(error),
+            f"or take annotation {SHADOW_PORTS} away",
+        ) from error
 
 
 def _read(config: Path) -> dict[str, Any]:

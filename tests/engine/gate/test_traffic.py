@@ -13,14 +13,8 @@ from pathlib import Path
 import pytest
 
 from architect.adapters import netns
-from architect.adapters.gate import (
-    Activity,
-    Gate,
-    Mode,
-    Port,
-    TooManyPortsError,
-    Use,
-)
+from architect.adapters.gate import Activity, Gate, Mode, TooManyPortsError
+from architect.decisions.ports import Port, Use
 from tests.engine.gate.podnet import (
     PORT,
     Network,
@@ -275,6 +269,7 @@ def test_ignored_and_shadow_ports_do_not_count(network: Network, gate: Gate) -> 
     assert not readable(server)
     assert not readable(shadow)
     assert network.resets() == 0
+    gate.set_absent(0)
     refused = network.caller(socket.AF_INET, socket.SOCK_STREAM, "veth", OTHER_PORT)
     until(lambda: failure(refused) == errno.ECONNREFUSED, "the refusal")
     seen = gate.activity(0)

@@ -15,14 +15,8 @@ from pathlib import Path
 import pytest
 
 from architect.adapters import bpf, netfilter, netns, nfqueue
-from architect.adapters.gate import (
-    RULE,
-    Gate,
-    GateBusyError,
-    GateError,
-    Mode,
-    Port,
-)
+from architect.adapters.gate import RULE, Gate, GateBusyError, GateError, Mode
+from architect.decisions.ports import Port
 from tests.engine.gate.podnet import (
     POD,
     PORT,
@@ -108,8 +102,8 @@ def test_new_release_takes_over_with_its_own_program(
     network.program.write_bytes(original.read_bytes() + b"\0")
     successor = network.open()
     after = program_pins(network)
-    assert len(before) == len(after) == 7
-    assert len(before & after) == 5  # the maps
+    assert len(before) == len(after) == 8
+    assert len(before & after) == 6  # the maps
     assert successor.mode(0) is Mode.DROP
     network.caller(socket.AF_INET, socket.SOCK_DGRAM, "lo").send(b"x")
     assert successor.activity(0).dropped == 1

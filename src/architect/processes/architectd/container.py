@@ -111,6 +111,11 @@ class ManagedContainer:
         self.happen(Happening.WANTED)
         await waiter
 
+    async def restored(self) -> None:
+        """Returns when no wake is under way."""
+        while self.state is State.SCALING_UP:
+            await self._waiters.change()
+
     async def sleep(self, why: str) -> None:
         """Returns when the container is hibernated.
 
@@ -152,25 +157,7 @@ class ManagedContainer:
 
     def row(self) -> Row:
         """Its line in `architect ps`."""
-        idle_s = None
-        if self.state in AWAKE:
-            idle_s = self.clock.idle_s()
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.record.since))
-        return Row(
-            namespace=self.record.namespace,
-            pod=self.record.pod,
-            container=self.record.container,
-            id=self.record.id,
-            state=self.state.shown,
-            since=since,
-            idle_s=idle_s,
-            hibernations=self.record.hibernations,
-            last_scale_down_ms=self.record.last_scale_down_ms,
-            last_scale_up_ms=self.record.last_scale_up_ms,
-            checkpoint_bytes=self._store.size(),
-            memory_bytes=self.clock.cgroup.memory_bytes() if self.clock.cgroup else 0,
-            error=self.record.error,
-        )
+        return self._report.row(self.state, self.clock, self._store.size())
 
     def save(self) -> None:
         """Writes meta.json, atomically."""
@@ -343,7 +330,7 @@ class ManagedContainer:
     def _do(self, action: Action) -> None:
         match action:
             case Action.GATE_HOLD:
-                self._traffic.hold(repair=self.state is State.SCALING_DOWN)
+                self._traffic.hold(wakes=self.state is not State.SCALING_DOWN)
             case Action.GATE_OPEN:
                 self._traffic.open()
             case Action.GATE_SLEEP:
@@ -441,7 +428,7 @@ class ManagedContainer:
             subject = await subjects.prepare(
                 self.record, self._run, self.clock.init, self.clock.cgroup
             )
-            await self._keeper.ask("dump-begin")
+            await self._keeper.ask(f"dump-begin {self.record.container}")
             images = self._store.begin(generation)
             self.record.generation = generation
             words = criu.restore_words(
@@ -652,8 +639,15 @@ class ManagedContainer:
 
     def _expired(self) -> None:
         """The idle clock has run out."""
-        self._why = "idle"
-        self.happen(Happening.IDLE)
+        self._task(self._hibernate_if_healthy())
+
+    async def _hibernate_if_healthy(self) -> None:
+        if not await subjects.is_healthy(self.record):
+            self.clock.touch()
+            self.clock.start()
+        elif self.state is State.RUNNING:
+            self._why = "idle"
+            self.happen(Happening.IDLE)
 
     async def _learn_ports(self) -> None:
         if self.clock.cgroup is None:

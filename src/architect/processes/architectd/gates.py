@@ -14,11 +14,17 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
-from architect.adapters.gate import OWNERS, Activity, Gate, GateError, Mode, Port, Use
+from architect.adapters.gate import OWNERS, Activity, Gate, GateError, Mode
+from architect.adapters.holding import Waiting
 from architect.contract import paths
 from architect.contract.errors import ArchitectError
 from architect.decisions import rest
+from architect.decisions.ports import Port, Shadow
 
+_UPKEEP_S: Final = 5.0
+"""Seconds between two looks at what others may have taken from a gate; each takes half a millisecond."""
+_HELD_S: Final = 60.0
+"""Seconds for which a packet waits at the most: its sender has sent it anew since, or has given up."""
 _WITHDRAW_S: Final = 2.0
 """Seconds after a wake until the rules that queue packets are taken off its packets' way."""
 
@@ -34,37 +40,26 @@ class Place:
         self._shared = shared
         self.owner = owner
 
-    def set_ports(
-        self,
-        ports: Collection[tuple[str, int]],
-        ignored: Collection[int],
-        quiet: Collection[tuple[str, int]] = (),
-    ) -> None:
-        """Declares the ports whose traffic counts, but for the ``ignored``.
+    def set_ports(self, ports: Collection[Port], shadows: Collection[Shadow]) -> None:
+        """Declares the owner's ports, and which of them are shadows of which.
 
-        ``quiet`` ones were declared by nobody: their traffic does not count, and while the gate is
-        shut it is dropped, or the kernel would reset the connections that the sleeper has open.
+        Raises:
+            GateError: the kernel refuses.
         """
-        others = set(quiet).difference(ports)
-        self._shared.gate.set_ports(
-            self.owner,
-            [
-                Port(
-                    "udp" if protocol == "udp" else "tcp",
-                    number,
-                    Use.IGNORED if number in ignored else Use.ACTIVITY,
-                )
-                for protocol, number in ports
-            ]
-            + [
-                Port("udp" if protocol == "udp" else "tcp", number, Use.IGNORED)
-                for protocol, number in others
-            ],
-        )
+        self._shared.gate.set_ports(self.owner, ports)
+        self._shared.set_shadows(self.owner, shadows)
 
     def hold(self) -> None:
         """Packets wait from now on."""
         self._shared.gate.set_mode(self.owner, Mode.HOLD)
+
+    def present(self) -> None:
+        """The owner's program is being brought back."""
+        self._shared.gate.set_present(self.owner)
+
+    def probed(self, *, now: bool) -> None:
+        """A probe's command runs in the owner ``now``, or no more: its traffic over lo does not count."""
+        self._shared.gate.set_probed(self.owner, probed=now)
 
     def holds(self) -> bool:
         """Whether packets wait."""
@@ -81,6 +76,15 @@ class Place:
         """Packets vanish from now on, those that waited too; never a reset."""
         self._shared.gate.set_mode(self.owner, Mode.DROP)
         self._shared.gate.release(self.owner, accept=False)
+
+    def absent(self, *, only_opening: bool | None) -> None:
+        """The owner's program is gone; ``only_opening``: no TCP segment but a new connection's is held
+        (None: as it was)."""
+        self._shared.gate.set_absent(self.owner, only_opening=only_opening)
+
+    def waiting(self) -> Waiting:
+        """What is held for the owner now."""
+        return self._shared.gate.waiting(self.owner)
 
     def activity(self) -> Activity:
         """What its ports have seen."""
@@ -109,10 +113,16 @@ class _Shared:
         self._gates = gates
         self._withdrawal: asyncio.TimerHandle | None = None
         self._look: asyncio.TimerHandle | None = None
+        self._upkeep: asyncio.TimerHandle | None = None
         self.scaledown_s: dict[int, float] = {}
         self._packets: dict[int, int] = {}
         self._counted = 0.0
+        self._loop = asyncio.get_running_loop()
+        self.tell: dict[int, Callable[[str], None]] = {}
+        self._shadows: dict[int, tuple[Shadow, ...]] = {}
+        self._trouble = ""
         self._look_in(rest.LOOK_S)
+        self._upkeep_in(_UPKEEP_S)
         asyncio.get_running_loop().add_reader(gate.fileno(), self._arrived)
 
     def _arrived(self) -> None:
@@ -170,9 +180,59 @@ class _Shared:
         with contextlib.suppress(GateError, OSError):
             self.gate.rest()
 
+    def _upkeep_in(self, seconds: float) -> None:
+        self._upkeep = asyncio.get_running_loop().call_later(seconds, self._look_after)
+
+    def _look_after(self) -> None:
+        """Puts back what somebody has taken away, and lets go what has waited for too long."""
+        self._upkeep_in(_UPKEEP_S)
+        if self.gate.busy:
+            return
+        try:
+            repaired = self.gate.repair()
+            self.gate.expire(_HELD_S)
+        except (GateError, OSError) as error:
+            self._tell_once(f"its gate cannot be looked after: {error}")
+        else:
+            self._trouble = ""
+            if repaired:
+                self._tell_all(f"put back what was taken from its gate: {', '.join(repaired)}")
+        if any(self._shadows.values()):
+            self._gates.in_thread(self._keep_shadows)
+
+    def _tell_all(self, message: str) -> None:
+        for tell in list(self.tell.values()):
+            tell(message)
+
+    def _tell_once(self, message: str) -> None:
+        if message != self._trouble:
+            self._trouble = message
+            self._tell_all(message)
+
+    def set_shadows(self, owner: int, shadows: Collection[Shadow]) -> None:
+        """The owner has these shadow ports now."""
+        wanted = tuple(sorted(shadows))
+        if self._shadows.get(owner) == wanted:
+            return
+        self._shadows[owner] = wanted
+        self._gates.in_thread(self._keep_shadows)
+
+    def _keep_shadows(self) -> None:
+        shadows = [one for each in list(self._shadows.values()) for one in each]
+        try:
+            repaired = self.gate.keep_shadows(shadows)
+        except (GateError, OSError) as error:
+            self._loop.call_soon_threadsafe(self._tell_once, f"it has no shadow ports: {error}")
+        else:
+            if repaired:
+                message = f"put back what was taken from its gate: {', '.join(repaired)}"
+                self._loop.call_soon_threadsafe(self._tell_all, message)
+
     def leave(self, owner: int) -> None:
         if self.wanted.pop(owner, None) is None:
             return
+        self.tell.pop(owner, None)
+        self.set_shadows(owner, ())
         self.scaledown_s.pop(owner, None)
         with contextlib.suppress(GateError, OSError):
             self.gate.drop_owner(owner)
@@ -180,7 +240,7 @@ class _Shared:
             self._gates.forget(self)
 
     def deafen(self) -> None:
-        for timer in (self._withdrawal, self._look):
+        for timer in (self._withdrawal, self._look, self._upkeep):
             if timer is not None:
                 timer.cancel()
         with contextlib.suppress(GateError, OSError, ValueError):
@@ -200,12 +260,17 @@ class Gates:
         self._behind: set[asyncio.Task[None]] = set()
 
     async def join(
-        self, netns: Path, owner: int, wanted: Callable[[], None], scaledown_s: float
+        self,
+        netns: Path,
+        owner: int,
+        wanted: Callable[[], None],
+        tell: Callable[[str], None],
+        scaledown_s: float,
     ) -> Place:
         """A place at the gate of ``netns``; the ``owner`` number of old, or a free one for -1.
 
-        ``wanted`` is called whenever packets for the owner's ports are held. ``scaledown_s`` is the idle
-        time, in seconds, after which the owner hibernates.
+        ``wanted`` is called whenever packets for the owner's ports are held, ``tell`` with what was wrong
+        with the gate. ``scaledown_s`` is the idle time, in seconds, after which the owner hibernates.
 
         Raises:
             GateUnavailable: the kernel lacks a piece, or 16 containers are there already.
@@ -236,6 +301,7 @@ class Gates:
                     )
                 owner = free[0]
             shared.wanted[owner] = wanted
+            shared.tell[owner] = tell
             shared.scaledown_s[owner] = scaledown_s
             if fresh:
                 # Another container may have had the number, and have ended while no daemon ran.

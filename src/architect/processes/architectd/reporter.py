@@ -5,15 +5,19 @@ Called by :class:`.container.ManagedContainer` only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 from typing import Any
 
 from architect.adapters.events import EventLog
+from architect.adapters.gate import GateError
 from architect.contract.errors import ArchitectError
-from architect.contract.records import ContainerRecord, Event
+from architect.contract.records import ContainerRecord, Event, Row
 from architect.contract.states import Happening, State
+from architect.processes.architectd.clock import IdleClock
+from architect.processes.architectd.waiters import AWAKE
 
 
 class Reporter:
@@ -45,6 +49,32 @@ class Reporter:
         text = str(failure or "unknown")
         self._record.error = text if self.name in text else f"{self.name}: {text}"
         self.event(reason, self._record.error)
+
+    def row(self, state: State, clock: IdleClock, checkpoint_bytes: int) -> Row:
+        """Its line in `architect ps`."""
+        record, waiting, dropped = self._record, None, 0
+        if clock.place is not None:
+            with contextlib.suppress(GateError, OSError):
+                waiting = clock.place.waiting()
+                dropped = clock.place.activity().dropped
+        return Row(
+            namespace=record.namespace,
+            pod=record.pod,
+            container=record.container,
+            id=record.id,
+            state=state.shown,
+            since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.since)),
+            idle_s=clock.idle_s() if state in AWAKE else None,
+            hibernations=record.hibernations,
+            last_scale_down_ms=record.last_scale_down_ms,
+            last_scale_up_ms=record.last_scale_up_ms,
+            checkpoint_bytes=checkpoint_bytes,
+            memory_bytes=clock.cgroup.memory_bytes() if clock.cgroup else 0,
+            held_packets=waiting.packets if waiting else 0,
+            held_s=round(waiting.oldest_s, 1) if waiting else 0.0,
+            dropped_packets=dropped,
+            error=record.error,
+        )
 
     def transition(
         self, before: State, state: State, happening: Happening, why: str, size: int

@@ -18,6 +18,8 @@ from architect.contract import paths
 from architect.contract.errors import ArchitectError
 from architect.contract.records import Request
 from architect.decisions.limits import Verdict
+from architect.processes.architectd import probing
+from architect.processes.architectd.container import ManagedContainer
 from architect.processes.architectd.context import Context
 from architect.processes.architectd.registry import Registry
 
@@ -130,6 +132,9 @@ class Server:
         if managed is None:
             writer.write(b"ok\n")
             return
+        if request.verb == "exec" and probing.is_one(managed, request.process):
+            await self._probe(managed, reader, writer)
+            return
         managed.clock.leases += 1
         try:
             try:
@@ -141,8 +146,23 @@ class Server:
             await writer.drain()
             await reader.read()
         finally:
-            managed.clock.leases -= 1
-            managed.clock.touch()
+            managed.clock.release()
+
+    async def _probe(
+        self,
+        managed: ManagedContainer,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """A sleeper's probe succeeds without it; one that wakes anyway is awaited."""
+        if probing.is_answered(managed):
+            writer.write(b"ok answered\n")
+            return
+        with probing.under_way(managed):
+            await managed.restored()
+            writer.write(b"ok\n")
+            await writer.drain()
+            await reader.read()
 
     # ---- the command line ---------------------------------------------------------------------------------
 

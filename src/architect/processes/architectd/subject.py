@@ -12,6 +12,7 @@ from architect.adapters import bindable, criu, listeners, mounts, podman, sysvip
 from architect.adapters.cgroup import Cgroup
 from architect.contract.errors import ArchitectError
 from architect.contract.records import ContainerRecord
+from architect.decisions import probes
 
 
 class NotAsleep(ArchitectError):
@@ -78,7 +79,7 @@ async def declared_ports(record: ContainerRecord, group: Cgroup) -> list[tuple[s
     """Ports (protocol, number) that are the container's own.
 
     An engine knows the ports of a pod, not whose they are: all are the container's but those on which
-    somebody else in the pod listens.
+    somebody else in the pod listens. Podman's healthcheck is noted in the record.
 
     Raises:
         ArchitectError: the engine cannot be asked.
@@ -89,12 +90,27 @@ async def declared_ports(record: ContainerRecord, group: Cgroup) -> list[tuple[s
             why="its declared ports are unknown: the kubelet's annotations do not reach the runtime",
             fix='give containerd\'s runtime handler container_annotations ["io.kubernetes.container.*"]',
         )
-    ports = await podman.declared_ports(record.engine, record.id)
+    ports, healthcheck = await podman.declared(record.engine, record.id)
+    record.probes = probes.healthcheck(healthcheck)
     if record.pod == record.container:
         return ports
     own = listeners.listening(record.keeper, group.processes())
     every = listeners.listening(record.keeper)
     return [port for port in ports if port in own or port not in every]
+
+
+async def is_healthy(record: ContainerRecord) -> bool:
+    """Whether its healthcheck, if it has one, was passed when Podman last made it.
+
+    In a cluster the kubelet probes, and says so by the pod's status. An engine that gives no answer must not
+    keep everything awake.
+    """
+    if not record.probes or not record.engine:
+        return True
+    try:
+        return await podman.is_healthy(record.engine, record.id)
+    except ArchitectError:
+        return True
 
 
 async def other_ports(record: ContainerRecord, group: Cgroup) -> list[tuple[str, int]]:

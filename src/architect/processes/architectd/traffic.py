@@ -6,21 +6,27 @@ Called by :class:`.container.ManagedContainer` as the table of its life says.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
+from architect.adapters import healthproxy, netns
 from architect.adapters.cgroup import Cgroup
 from architect.adapters.gate import GateError
-from architect.contract.annotations import ContainerSettings, Monitor
+from architect.contract import paths
+from architect.contract.annotations import ContainerSettings, Monitor, PortMapping
 from architect.contract.errors import ArchitectError
 from architect.contract.records import ContainerRecord
+from architect.decisions import ports
 from architect.processes.architectd import subject as subjects
 from architect.processes.architectd.clock import IdleClock
 from architect.processes.architectd.gates import Gates
 from architect.processes.architectd.reporter import Reporter
 
 _ENGINE_RETRY_S: Final = 0.5
+_PROXY_S: Final = 1.0
+"""Seconds after which a process that cannot do its work has said so."""
 _LONGEST_RETRY_S: Final = 10.0
 """Seconds until an engine that gave no answer is asked again: at first, doubled each time, at most."""
 
@@ -41,17 +47,20 @@ class Traffic:
         self._gates = gates
         self._clock = clock
         self._report = report
+        self._unconnected: bool | None = None
+        """Under network-monitor "connections": it has none, so nothing but a new one may wake it. None: an
+        earlier daemon has told the gate."""
 
     async def join(self, wanted: Callable[[], None]) -> None:
         """Takes a place at its namespace's gate; ``wanted`` is called while packets are held.
 
         Without one, which is reported, the container stays awake.
         """
-        netns = Path(f"/proc/{self._record.keeper}/ns/net")
+        namespace = Path(f"/proc/{self._record.keeper}/ns/net")
         scaledown_s = self._settings.scaledown_ns / 1e9
         try:
             self._clock.place = await self._gates.join(
-                netns, self._record.owner, wanted, scaledown_s
+                namespace, self._record.owner, wanted, self._warn, scaledown_s
             )
         except ArchitectError as error:
             self._record.error = str(error)
@@ -59,9 +68,35 @@ class Traffic:
             return
         self._record.owner = self._clock.place.owner
         self.set_ports()
+        self._answer_probes(self._settings.health_ports)
+
+    def _warn(self, message: str) -> None:
+        self._report.event("Warning", f"{self._report.name}: {message}")
+
+    def _answer_probes(self, mappings: Collection[PortMapping]) -> None:
+        """Has a process answer them; in a cluster it is the pod's own, a sidecar."""
+        record = self._record
+        if record.pod_uid or not (mappings or record.proxy):
+            return
+        log = paths.CONTAINERS / record.id / "health-check-proxy.log"
+        try:
+            record.proxy = healthproxy.ensure(
+                record.proxy, Path(f"/proc/{record.keeper}/ns/net"), mappings, log
+            )
+        except (OSError, netns.NetnsError) as error:
+            self._warn(f"nobody answers its probes: {error}")
+            return
+        if record.proxy:
+            asyncio.get_running_loop().call_later(_PROXY_S, self._look_at_proxy, log)
+
+    def _look_at_proxy(self, log: Path) -> None:
+        if self._record.proxy and not healthproxy.is_there(self._record.proxy):
+            with contextlib.suppress(OSError):
+                self._warn(f"nobody answers its probes: {log.read_text().strip()}")
 
     def leave(self) -> None:
         """Gives the place up: packets pass unseen."""
+        self._answer_probes(())
         if self._clock.place is not None:
             self._clock.place.leave()
             self._clock.place = None
@@ -75,6 +110,7 @@ class Traffic:
         self._settings = settings
         if self._clock.place is not None:
             self._clock.place.set_scaledown(settings.scaledown_ns / 1e9)
+            self._answer_probes(settings.health_ports)
         self.set_ports()
 
     def set_ports(self) -> None:
@@ -84,22 +120,34 @@ class Traffic:
             GateError: the kernel refuses.
         """
         if self._clock.place is not None:
-            ports = self._record.ports or []
-            self._clock.place.set_ports(ports, self._settings.ignored_ports, self._record.quiet)
+            declared = self._record.ports or []
+            self._clock.place.set_ports(
+                ports.at_gate(declared, self._settings, self._record.quiet),
+                ports.shadows(declared, self._settings),
+            )
 
-    def hold(self, *, repair: bool) -> None:
-        """Packets wait from now on. A dump that then finds the gate open is not begun."""
-        if self._clock.place is None:
+    def hold(self, *, wakes: bool) -> None:
+        """Packets wait from now on, while it is dumped or (``wakes``) restored.
+
+        A dump that then finds the gate open is not begun.
+        """
+        place = self._clock.place
+        if place is None:
             return
         try:
-            repaired = self._clock.place.repair() if repair else []
+            if wakes:
+                place.hold()
+                place.present()
+                return
+            repaired = place.repair()
             if repaired:
-                self._report.event(
-                    "Warning", f"put back what was taken from its gate: {', '.join(repaired)}"
-                )
-            self._clock.place.hold()
+                self._warn(f"put back what was taken from its gate: {', '.join(repaired)}")
+            place.hold()
         except GateError as error:
-            self._report.event("Warning", f"{self._report.name}: {error}")
+            self._warn(str(error))
+        # Asked now: with the program its connections will be gone.
+        watched = self._settings.monitor is Monitor.CONNECTIONS
+        self._unconnected = watched and not self._clock.connections()
 
     def open(self) -> None:
         """Packets pass, those that waited first."""
@@ -114,6 +162,7 @@ class Traffic:
             self._clock.place.drop()
         else:
             self._clock.place.hold()
+        self._clock.place.absent(only_opening=self._unconnected)
 
     async def learn_ports(self, group: Cgroup) -> None:
         """Asks the engine for the declared ports until it answers."""

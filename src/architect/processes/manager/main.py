@@ -29,6 +29,7 @@ from architect.contract.annotations import (
 from architect.contract.errors import ArchitectError
 from architect.contract.kubernetes import CONTROL_PLANE, DAEMON, MANAGER, NAMESPACE
 from architect.decisions.podreview import Policy
+from architect.decisions.podtraffic import Proxy
 from architect.processes.manager.certificates import (
     Folder,
     SharedSecret,
@@ -110,6 +111,13 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
         default="",
     )
     add("--default-scaledown-duration", type=_duration, default=DEFAULTS.scaledown_ns)
+    add("--image", default="", help="our own image, for the sidecars that answer probes")
+    add(
+        "--image-pull-policy",
+        choices=["Always", "IfNotPresent", "Never"],
+        default="IfNotPresent",
+        help="of these sidecars",
+    )
     return parser.parse_args(words)
 
 
@@ -123,6 +131,7 @@ def policy(chosen: argparse.Namespace) -> Policy:
             monitor=Monitor(monitor) if monitor else Monitor.NONE,
         ),
         trusted=frozenset(chosen.trusted_user or ours),
+        proxy=Proxy(chosen.image, chosen.image_pull_policy) if chosen.image else None,
     )
 
 

@@ -260,7 +260,7 @@ class Webhooks:
         question = await _question(request)
         _require_resource(question, {("", PODS)})
         _require_object(question, "Pod")
-        review = podreview.complete_pod(_asked(question))
+        review = podreview.complete_pod(_asked(question), self._policy)
         _note(question, review)
         return _answer(question, review)
 

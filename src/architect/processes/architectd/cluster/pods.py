@@ -79,6 +79,7 @@ class Pods:
         if change.old is None or change.old.annotations != pod.annotations:
             self._registry.follow(uid, pod.annotations)
             self._asked_to_wake(pod, is_new=change.old is None)
+        self._watch_health(pod)
         self._watch_resize(pod)
         self.stale(uid)
 
@@ -92,6 +93,15 @@ class Pods:
             task = asyncio.create_task(_wake(managed))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _watch_health(self, pod: Pod) -> None:
+        """One that was never ready, or is not any more, stays awake: a sleeper's probes are answered."""
+        ready = {one.name: one.ready for one in pod.status.containerStatuses or ()}
+        for managed in self._registry.of_pod(pod.metadata.uid):
+            probed = managed.record.probes or managed.settings.health_ports
+            name = managed.record.container
+            # The kubelet tells it of the pod's own containers; sidecars are taken for healthy.
+            managed.clock.unready = bool(probed) and not ready.get(name, True)
 
     def _watch_resize(self, pod: Pod) -> None:
         """Says once if the kubelet cannot give a woken pod its requests back."""

@@ -1,0 +1,123 @@
+"""The packets that wait at one gate, and in which order they go on.
+
+Called by the gate, which knows who holds and who drops. Owners are masks, as in the packets' marks.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from architect.adapters import nfqueue
+from architect.adapters.netfilter import Rule
+
+
+class Waiting(NamedTuple):
+    """What is held for an owner now."""
+
+    packets: int
+    oldest_s: float
+    """For how long the first of them has waited; 0 without one."""
+
+
+class _Held(NamedTuple):
+    owners: int
+    since: float
+    """time.monotonic()"""
+
+
+class Holding:
+    """See the module. All methods raise nfqueue.QueueError; made where the queue may be opened."""
+
+    def __init__(self, rule: Rule, *, capacity: int, buffer_bytes: int) -> None:
+        """Open the queue, as nfqueue.Queue does, in the calling thread's network namespace."""
+        self._rule = rule
+        self._queue = nfqueue.Queue(rule.queue, capacity=capacity, buffer_bytes=buffer_bytes)
+        self._held: dict[int, _Held] = {}  # by the packet's number, in order of arrival
+        self.probe_arrived = False
+        """A packet with exactly the rule's mark was there (netfilter.reach)."""
+
+    def __bool__(self) -> bool:
+        """Whether anything is held."""
+        return bool(self._held)
+
+    def fileno(self) -> int:
+        """Return a descriptor that polls readable when there are packets to `collect`."""
+        return self._queue.fileno()
+
+    def collect(self, limit: int, *, holding: int, dropping: int, keep: int = 0) -> int:
+        """Read the queue; hold what must wait, or belongs to an owner in `keep`.
+
+        Does not block. Returns the mask of those in `holding` for whom there is something new.
+        """
+        keep |= holding
+        for owners, _ in self._held.values():
+            if not owners & holding:  # about to be released: nothing may overtake it
+                keep |= owners
+        woken, now = 0, time.monotonic()
+        for number, mark in self._queue.receive(limit):
+            owners = mark & ~self._rule.mask
+            if mark == self._rule.mark:
+                self.probe_arrived = True
+                self._queue.decide([number], accept=False)
+            elif owners & keep:
+                woken |= owners & holding
+                self._held[number] = _Held(owners, now)
+            else:
+                # Marked just before the gate was opened.
+                self._queue.decide([number], accept=not owners & dropping)
+        return woken
+
+    def release(self, bit: int, *, holding: int, dropping: int, accept: bool) -> int:
+        """Deliver or drop what is held for an owner, in order of arrival; return how many went.
+
+        A packet that belongs to several owners stays until none of them holds, and is dropped if
+        another of them drops.
+        """
+        going = [
+            (number, owners)
+            for number, (owners, _) in self._held.items()
+            if owners == bit or (owners & bit and not owners & holding)
+        ]
+        accepted = [number for number, owners in going if accept and not owners & ~bit & dropping]
+        self._decide(accepted, accept=True)
+        kept = set(accepted)
+        self._decide([number for number, _ in going if number not in kept], accept=False)
+        return len(going)
+
+    def release_all(self) -> None:
+        """Deliver everything."""
+        self._decide(list(self._held), accept=True)
+
+    def forget(self, bit: int, *, holding: int) -> None:
+        """An owner is no more: its packets are dropped; those of several stay for the others."""
+        own = [number for number, held in self._held.items() if held.owners == bit]
+        self._decide(own, accept=False)
+        for number, (owners, since) in self._held.items():
+            self._held[number] = _Held(owners & ~bit, since)
+        freed = [number for number, held in self._held.items() if not held.owners & holding]
+        self._decide(freed, accept=True)
+
+    def waiting(self, bit: int) -> Waiting:
+        """Return how much is held for an owner, and for how long."""
+        since = [held.since for held in self._held.values() if held.owners & bit]
+        return Waiting(len(since), time.monotonic() - since[0] if since else 0.0)
+
+    def expire(self, seconds: float) -> int:
+        """Drop what has been held for longer; return the mask of the owners that had some."""
+        end = time.monotonic() - seconds
+        old = {number: held.owners for number, held in self._held.items() if held.since <= end}
+        self._decide(old, accept=False)
+        owners = 0
+        for mask in old.values():
+            owners |= mask
+        return owners
+
+    def _decide(self, numbers: Iterable[int], *, accept: bool) -> None:
+        numbers = list(numbers)
+        self._queue.decide(numbers, accept=accept)
+        for number in numbers:
+            del self._held[number]
+
+    def close(self) -> None:
+        """Give the queue up; the kernel drops the packets that it still holds."""
+        self._queue.close()

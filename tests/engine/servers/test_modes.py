@@ -1,0 +1,276 @@
+"""What keeps a container awake and what wakes it, in each mode of network-monitor, seen by its clients."""
+
+import contextlib
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from architect.contract.annotations import IGNORE_ACTIVITY_PORTS
+from tests.engine import support
+from tests.engine.servers.capture import Capture, Flag
+from tests.engine.servers.machine import DEADLINE_S, Machine, program
+from tests.engine.servers.serving import SERVERS_IMAGE, serve, serve_pages, stays
+from tests.engine.support import PORT, Client, Container, Lab, architect, must, unique
+
+pytestmark = pytest.mark.engine
+
+IDLE_S = 1.0
+LONGER_S = 2.5
+"""Long enough to hibernate twice, if nothing kept a container awake."""
+PROGRAM = ("python3", "-c", program("halves.py"))
+
+
+def halves(lab: Lab, stem: str, **keywords: Any) -> Container:
+    return serve(
+        lab,
+        stem,
+        *PROGRAM,
+        port=PORT,
+        expose=[f"{PORT}/udp"],
+        ready=lambda server: "ready" in server.logs(),
+        **keywords,
+    )
+
+
+def call(client: Machine, server: Container) -> Client:
+    with client.inside():
+        return Client.connect(server.address, PORT)
+
+
+def send_stray_segment(client: Machine, server: Container, flags: Flag) -> None:
+    """Send a TCP segment of no connection (RFC 9293, section 3.1), with an odd port as its source."""
+    ends = socket.inet_aton(client.address) + socket.inet_aton(server.address)
+    fields = [41001, PORT, 1, 1, 5 << 4, flags, 1024, 0, 0]
+    header = struct.pack("!HHIIBBHHH", *fields)
+    words = struct.unpack("!16H", ends + struct.pack("!HH", socket.IPPROTO_TCP, 20) + header)
+    total = sum(words)
+    total = (total & 0xFFFF) + (total >> 16)
+    fields[7] = ~(total + (total >> 16)) & 0xFFFF
+    with (
+        client.inside(),
+        socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw,
+    ):
+        raw.sendto(struct.pack("!HHIIBBHHH", *fields), (server.address, 0))
+
+
+def send_datagram(client: Machine, server: Container) -> None:
+    with client.inside(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"stray", (server.address, PORT))
+
+
+def from_server(capture: Capture) -> list[object]:
+    return [one for one in capture.packets if not one.outgoing]
+
+
+# ---- connections ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def counting(shared_lab: Lab) -> Container:
+    return halves(shared_lab, "connections", monitor="connections", idle="1s")
+
+
+@pytest.fixture
+def dropped(counting: Container, client: Machine) -> Iterator[None]:
+    """No connection is left after the test, whoever has half closed it; so the container sleeps."""
+    yield
+    last = call(client, counting)
+    last.socket.sendall(b"drop\n")
+    with contextlib.suppress(ConnectionError):
+        last.line()
+    counting.await_state("SCALED_DOWN")
+
+
+@pytest.mark.parametrize("how", ["open", "half closed by the client", "half closed by the server"])
+@pytest.mark.usefixtures("dropped")
+def test_connection_keeps_awake(
+    counting: Container, client: Machine, wire: Capture, how: str
+) -> None:
+    connection = call(client, counting)
+    assert connection.ask("hello") == "hello"
+    if how.endswith("client"):
+        connection.socket.shutdown(socket.SHUT_WR)
+    elif how.endswith("server"):
+        connection.socket.sendall(b"half\n")
+        with pytest.raises(ConnectionError):
+            connection.line()
+    stays(counting, "RUNNING", LONGER_S)
+
+
+@pytest.mark.usefixtures("dropped")
+def test_new_connection_wakes_stray_packets_do_not(
+    counting: Container, client: Machine, wire: Capture
+) -> None:
+    counting.await_state("SCALED_DOWN")
+    send_datagram(client, counting)
+    for flags in (Flag.ACK, Flag.FIN | Flag.ACK, Flag.RST, Flag.SYN | Flag.ACK):
+        send_stray_segment(client, counting, flags)
+    stays(counting, "SCALED_DOWN", LONGER_S / 2)
+    assert from_server(wire) == []
+    assert call(client, counting).ask("hello") == "hello"
+    assert counting.state() == "RUNNING"
+
+
+@pytest.mark.usefixtures("dropped")
+def test_open_connection_outlives_a_commanded_sleep(
+    counting: Container, client: Machine, wire: Capture
+) -> None:
+    """Whatever its packets do meanwhile, they are not lost and not reset."""
+    old = call(client, counting)
+    assert old.ask("hello") == "hello"
+    counting.sleep()
+    old.socket.sendall(b"while it slept\n")
+    assert call(client, counting).ask("new") == "new"
+    assert old.line() == "while it slept"
+
+
+@pytest.mark.usefixtures("dropped")
+def test_connection_that_the_daemon_did_not_see_open_counts(
+    counting: Container, client: Machine, wire: Capture
+) -> None:
+    seen = call(client, counting)
+    assert seen.ask("hello") == "hello"
+    must("architect", "down")
+    try:
+        connection = call(client, counting)
+        assert connection.ask("hello") == "hello"
+        seen.close()
+    finally:
+        must("architect", "up")
+    stays(counting, "RUNNING", LONGER_S)
+
+
+def test_connection_of_a_vanished_peer_counts(counting: Container, lab: Lab) -> None:
+    """Its machine is off the net before it can say goodbye. Last here: nothing ends it soon."""
+    container = lab.start(
+        "vanishing", "sleep", "100", image=SERVERS_IMAGE, runtime="runc", annotations={}
+    )
+    machine = Machine(container)
+    with contextlib.closing(machine):
+        connection = call(machine, counting)
+        assert connection.ask("hello") == "hello"
+        with machine.inside():
+            must("ip", "link", "set", "eth0", "down")
+        connection.close()
+        stays(counting, "RUNNING", LONGER_S)
+
+
+# ---- packets --------------------------------------------------------------------------------------
+
+
+def test_any_packet_wakes(shared_lab: Lab, client: Machine) -> None:
+    server = halves(shared_lab, "packets")
+    server.sleep()
+    send_datagram(client, server)
+    server.await_state("RUNNING")
+    server.sleep()
+    send_stray_segment(client, server, Flag.ACK)
+    server.await_state("RUNNING")
+
+
+def test_keep_alive_probes_are_packets(shared_lab: Lab, client: Machine, wire: Capture) -> None:
+    server = halves(shared_lab, "probed", idle="2s")
+    connection = call(client, server)
+    assert connection.ask("hello") == "hello"
+    connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    stays(server, "RUNNING", 4)
+    before = server.hibernations()
+    server.sleep()
+    server.await_state("RUNNING", 3)
+    assert server.hibernations() == before + 1
+    assert connection.ask("hello") == "hello"
+
+
+# ---- none -----------------------------------------------------------------------------------------
+
+
+def test_without_monitor_a_sleeper_is_silent_until_exec(shared_lab: Lab, client: Machine) -> None:
+    server = halves(shared_lab, "silent", monitor=None)
+    asking, listening = call(client, server), call(client, server)
+    for one in (asking, listening):
+        assert one.ask("hello") == "hello"
+    server.sleep()
+    with client.capture() as capture:
+        asking.socket.sendall(b"asked while it slept\n")
+        send_datagram(client, server)
+        with client.inside():
+            newcomer = socket.socket()
+        waiting = Client(newcomer)
+        newcomer.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            newcomer.connect((server.address, PORT))
+        stays(server, "SCALED_DOWN", LONGER_S)
+        assert from_server(capture) == []
+        assert len(capture.repeated_openings()) >= 1
+        assert server.exec("true").code == 0
+        # By repetition of their own, as in a congested network.
+        assert asking.line() == "asked while it slept"
+        newcomer.settimeout(15)
+        newcomer.sendall(b"new\n")
+        assert waiting.line() == "new"
+        assert listening.ask("hello") == "hello"
+        assert capture.resets() == capture.unanswered_openings() == []
+
+
+# ---- what is no activity --------------------------------------------------------------------------
+
+
+def test_ignored_port_neither_keeps_awake_nor_wakes(shared_lab: Lab, client: Machine) -> None:
+    name = unique("ignoring")
+    annotations = support.settings(name, idle="2s", monitor="packets")
+    annotations[IGNORE_ACTIVITY_PORTS] = {name: [81]}
+    server = serve_pages(shared_lab, client, "ignoring", name=name, annotations=annotations)
+    ignored = ["curl", "-sS", "--max-time", "1", "--http2-prior-knowledge"]
+
+    def unanswered() -> bool:
+        done = client.run(*ignored, f"http://{server.address}:81/")
+        assert done.code in (0, 28), done.err
+        return done.code == 28
+
+    with client.capture() as capture:
+        support.wait_until(unanswered, "it to hibernate in spite of requests", 10)
+        assert unanswered()
+        stays(server, "SCALED_DOWN", 0.5)
+        assert client.must("curl", "-sSf", f"http://{server.address}/") == "hello over HTTP/1.1"
+        assert server.state() == "RUNNING"
+        assert not unanswered()
+        assert capture.resets() == []
+
+
+def test_outgoing_traffic_is_no_activity(shared_lab: Lab, client: Machine) -> None:
+    """Neither of TCP with acknowledgements, nor of UDP with ICMP for an answer, nor within."""
+    with client.inside():
+        listener = socket.create_server(("", 0))
+    listener.settimeout(DEADLINE_S)
+    with listener, client.capture() as capture:
+        server = serve(
+            shared_lab,
+            "talking",
+            *("python3", "-c", program("talker.py"), client.address),
+            str(listener.getsockname()[1]),
+            port=PORT,
+            ready=lambda server: "ready" in server.logs(),
+            # The retransmission of what was not acknowledged in time may take the first second.
+            idle="2s",
+        )
+        listened = Client(listener.accept()[0])
+        listened.socket.settimeout(DEADLINE_S)
+        assert listened.line() == "1"
+        listened.socket.settimeout(0.5)
+        numbers, heard = [1], [1]
+        for _ in range(3):
+            server.await_state("SCALED_DOWN")
+            # Ten a second while it runs, so it is silent if none comes for longer.
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    numbers.append(int(listened.line()))
+            heard.append(len(numbers))
+            architect("wake", server.name)
+        assert numbers == [*range(1, len(numbers) + 1)]
+        assert sorted(set(heard)) == heard, "it was woken and said nothing"
+        assert not [one for one in capture.packets if one.flags & Flag.RST]
