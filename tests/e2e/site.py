@@ -230,11 +230,21 @@ class Site:
         soon(f"{name}/{container} to wake", lambda: self.state(name, container) == "RUNNING")
         return self.pod(name)
 
-    def settled(self, name: str, cpu: str, memory: str, container: str = "valkey") -> None:
-        """Waits until the kubelet reports these requests of a container."""
+    def settled(
+        self,
+        name: str,
+        cpu: str,
+        memory: str,
+        container: str = "valkey",
+        *,
+        client: Valkey | None = None,
+    ) -> None:
+        """Waits until the kubelet reports these requests of a container; a ``client`` keeps it awake."""
         wanted = {"cpu": cpu, "memory": memory}
 
         def shown() -> bool:
+            if client is not None:
+                client("PING")
             statuses = self.pod(name)["status"]["containerStatuses"]
             (one,) = (each for each in statuses if each["name"] == container)
             requests: dict[str, str] = one["resources"].get("requests", {})

@@ -187,12 +187,15 @@ def test_power_failure_of_a_node(site: Site) -> None:
     site.asleep("app")
     site.settled("app", "0", "1")
     id_ = site.rows("k8n1")[0]["id"]
+    # Started anew it is to be found awake, however long everything else takes to come back.
+    site.kubectl("annotate", "pod", "app", "--overwrite", *_as_words(managing(seconds=600)))
     site.cluster.crash(1)
     site.cluster.boot(1)
     soon("the container to be started anew", lambda: site.restarts("app") > 0, 120)
     site.await_components()
     soon("its requests to be back", lambda: _requests(site) == RESOURCES["requests"])
     soon("the old checkpoint to go", lambda: not _left(site, id_))
+    site.kubectl("annotate", "pod", "app", "--overwrite", *_as_words(managing(seconds=2)))
     site.asleep("app")
     assert site.exec("app", "valkey-cli", "ping") == "PONG"
 

@@ -40,7 +40,7 @@ def test_pod_shows_that_it_hibernates_and_wakes(site: Site) -> None:
     client = site.connect("app")
     assert client("PING") == b"PONG"
     awake = site.awake("app")
-    site.settled("app", "250m", "512Mi")
+    site.settled("app", "250m", "512Mi", client=client)
     notes = awake["metadata"]["annotations"]
     assert not {PREFIX + "cpu-requests", PREFIX + "memory-requests"} & set(notes)
     assert awake["spec"]["containers"][0]["name"] == "valkey"
@@ -147,8 +147,8 @@ def test_full_quota_does_not_keep_it_asleep(site: Site) -> None:
     )
     client = site.connect("first")
     assert client("PING") == b"PONG"
+    site.settled("first", "10m", "64Mi", client=client)
     client.close()
-    site.settled("first", "10m", "64Mi")
 
 
 def test_a_limit_range_forbids_the_resize_but_neither_sleep_nor_wake(site: Site) -> None:

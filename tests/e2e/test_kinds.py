@@ -213,7 +213,8 @@ def test_quality_of_service_stays(
         soon(
             "the requests to be back",
             lambda: (
-                site.pod("app")["spec"]["containers"][0]["resources"].get("requests", {})
+                client("PING")
+                and site.pod("app")["spec"]["containers"][0]["resources"].get("requests", {})
                 == resources.get("requests", {})
             ),
         )
