@@ -98,6 +98,7 @@ image-example-go: example-go
 .PHONY: native
 native: setup ## keeper, runc-architect, criu-hook, health-check-proxy and the eBPF object, in build/native
 	@$(MAKE) --no-print-directory -C native
+	@$(PYTHON) scripts/licences.py
 
 .PHONY: bundle
 bundle: setup ## CRIU with its own loader and libraries, in build/bundle

@@ -6,6 +6,7 @@ trixie's, with exactly the libraries that its loader asks for. `make install` pu
 
     bundle/bin/criu  the program; start it by `lib/ld-linux-*.so.* --library-path lib bin/criu`
     bundle/lib/      the loader and the libraries, by the names that the loader looks for
+    bundle/share/    their licences (licences.py)
     bundle/VERSION   "criu VERSION", then a line a package (deb NAME VERSION ARCHITECTURE SHA256)
                      and a line a file (file PATH SHA256)
 
@@ -18,6 +19,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import licences
 from common import (
     BUILD,
     Failure,
@@ -51,6 +53,7 @@ def _lay_out(debs: list[Deb], work: Path) -> Path:
     shutil.copyfile(program, bundle / "bin/criu")
     for library in closure([program], root):
         shutil.copyfile(library, bundle / "lib" / library.name)
+    licences.copy((deb.name for deb in debs), root, bundle / "share")
     files = sorted(p for p in bundle.rglob("*") if p.is_file())
     for path in files:
         runs = path.name == "criu" or path.name.startswith("ld-linux-")
@@ -107,7 +110,8 @@ def _make(entry: Path) -> None:
 def body(arguments: list[str]) -> None:
     if arguments:
         raise Failure("usage: bundle.py (REFRESH=1 in the environment makes it anew)")
-    recipe = [Path(__file__).with_name(name).read_bytes() for name in ("bundle.py", "elf.py")]
+    names = ("bundle.py", "elf.py", "licences.py")
+    recipe = [Path(__file__).with_name(name).read_bytes() for name in names]
     key = digest(RELEASE, architecture(), *recipe)
     entry = cache_folder("bundle") / key
     if os.environ.get("REFRESH") or not _cached(entry):

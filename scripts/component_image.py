@@ -6,7 +6,8 @@ adds, and buildah needs no network for it. What is in them is told in packaging/
 
     root       a small Debian, for `kubectl exec`
     runtime    PREFIX/python and PREFIX/bin (runtime.py)
-    native     PREFIX/libexec and PREFIX/criu, as `make native` and `make bundle` built them
+    native     PREFIX/libexec and PREFIX/criu, as `make native` and `make bundle` built them, and
+               PREFIX/share, the licences of what is linked into the former
     architect  this package, PREFIX/venv and PREFIX/VERSION
 
 The first two are kept in the cache under what they were made of, so that a change of the package
@@ -43,13 +44,14 @@ from common import (
 )
 from debs import Archive, archive
 from install import PREFIX, PROGRAMS
+from licences import NATIVE
 from rootfs import lay_out, write_layer
 from runtime import inside
 
 PACKAGING = REPOSITORY / "packaging"
 RECIPE_LABEL = "architect.loopholelabs.io/recipe"
 _ME = "component_image"
-_RECIPES = ("component_image.py", "debs.py", "elf.py", "rootfs.py", "runtime.py")
+_RECIPES = ("component_image.py", "debs.py", "elf.py", "licences.py", "rootfs.py", "runtime.py")
 _LAUNCHER = '''#!{python} -I
 """Starts {module} with the interpreter of {prefix}."""
 
@@ -107,9 +109,11 @@ def _native_files() -> dict[Path, Path]:
     bundle = BUILD / "bundle"
     found = [path for path in sorted(bundle.rglob("*")) if path.is_file()]
     files |= {Path("criu") / path.relative_to(bundle): path for path in found}
+    texts = [path for path in sorted(NATIVE.rglob("*")) if path.is_file()]
+    files |= {Path("share") / path.relative_to(NATIVE): path for path in texts}
     missing = [path for path in files.values() if not path.exists()]
-    if missing or Path("criu/VERSION") not in files:
-        lost = missing[0] if missing else bundle / "VERSION"
+    if missing or not texts or Path("criu/VERSION") not in files:
+        lost = missing[0] if missing else bundle / "VERSION" if texts else NATIVE
         raise Failure(f"{lost} is missing: run make native bundle")
     return files
 

@@ -7,6 +7,7 @@ files live in /usr/local/lib/architect:
     libexec/     keeper, runc-architect, criu-hook, health-check-proxy, criu-compat.so, gate.bpf.o,
                  standins/
     criu/        CRIU with its loader and libraries (bundle.py)
+    share/       licences of what is linked into the programs of libexec/ (licences.py)
     record.json  what was changed outside this folder, to undo it
 
 Outside it: links in /usr/local/bin, the runtime's registration with Podman and containerd
@@ -137,6 +138,22 @@ def _install_bundle() -> bool:
     return True
 
 
+def _install_licences() -> None:
+    new, old = BUILD / "native/share", PREFIX / "share"
+    if not new.exists():
+        raise Failure(f"{new} is missing: run make native")
+    if _contents(new) != _contents(old):
+        unfinished = PREFIX / ".share.new"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(new, unfinished)
+        replace_tree(unfinished, old)
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256(path) for path in files}
+
+
 def _register_podman(record: Record) -> None:
     record.write(engines.PODMAN_RUNTIME, engines.podman_runtime(Path("/")))
     limits = engines.podman_limits()
@@ -205,6 +222,7 @@ def install() -> None:
     record.folders += missing
     record.save()
     changed = [_install_programs(), _install_bundle(), _install_venv(record)]
+    _install_licences()
     for name, target in LINKS.items():
         record.link(BIN / name, target)
     _register_podman(record)

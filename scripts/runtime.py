@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import elf
+import licences
 from common import BUILD, REPOSITORY, run
 from debs import Archive, Deb
 from install import PREFIX
@@ -96,12 +97,7 @@ def _record(settings: dict[str, Any], debs: list[Deb], unpacked: Path, python: P
     interpreter = next(deb for deb in debs if deb.name == settings["packages"][0])
     lines = [f"python {interpreter.version}", *(deb.line for deb in debs)]
     (python / "VERSION").write_text("\n".join(lines) + "\n")
-    for deb in debs:
-        licence = unpacked / "usr/share/doc" / deb.name / "copyright"
-        if licence.exists():
-            target = python / "share/doc" / deb.name / "copyright"
-            target.parent.mkdir(parents=True)
-            shutil.copyfile(licence, target)
+    licences.copy((deb.name for deb in debs), unpacked, python / "share")
 
 
 def compile_modules(settings: dict[str, Any], root: Path, folder: Path) -> None:
@@ -112,7 +108,17 @@ def compile_modules(settings: dict[str, Any], root: Path, folder: Path) -> None:
     no time and is never compared with the source, so that it is the same on any day.
     """
     interpreter = PYTHON / f"bin/python{settings['python']}"
-    words: list[str | Path] = ["chroot", root, interpreter, "-I", "-B", "-m", "compileall", "-q", "-f"]
+    words: list[str | Path] = [
+        "chroot",
+        root,
+        interpreter,
+        "-I",
+        "-B",
+        "-m",
+        "compileall",
+        "-q",
+        "-f",
+    ]
     run([*words, "--invalidation-mode", "unchecked-hash", folder], shown="compileall")
 
 

@@ -1,9 +1,11 @@
 """The image of the components: what is in it, and that PREFIX runs on a host that has nothing."""
 
 import ast
+import gzip
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,6 +18,7 @@ import pytest
 import component_image
 import elf
 import install
+import licences
 import runtime
 from architect.adapters import netfilter
 from common import REPOSITORY
@@ -254,6 +257,42 @@ def test_the_image_has_what_people_run_in_it_and_what_nodes_get(whole: Path) -> 
         ["chroot", whole, "iptables", "--version"], capture_output=True, text=True, check=True
     )
     assert "nf_tables" in listed.stdout
+
+
+def _text(file: Path) -> str:
+    data = file.read_bytes()
+    return (gzip.decompress(data) if file.suffix == ".gz" else data).decode(errors="replace")
+
+
+def _named(share: Path) -> set[str]:
+    """The texts that licences in a folder name instead of repeating them."""
+    copyrights = map(_text, share.glob("doc/*/copyright*"))
+    found = re.findall(r"/usr/share/common-licenses/([\w.+-]*\w)", "\n".join(copyrights))
+    return {name for name in found if (licences.COMMON / name).exists()}
+
+
+@pytest.mark.engine
+def test_all_that_is_not_ours_has_its_licence(whole: Path) -> None:
+    prefix = runtime.inside(whole, install.PREFIX)
+    packages = {prefix / "share": licences.linked()}
+    for part in ("criu", "python"):
+        # Each library of theirs is of one of these (elf.closure).
+        lines = (prefix / part / "VERSION").read_text().splitlines()
+        packages[prefix / part / "share"] = [
+            line.split()[1] for line in lines if line.startswith("deb ")
+        ]
+    packages[whole / "usr/share"] = [*SETTINGS["root"]["packages"], "libc6", "libssl3t64"]
+    for share, names in packages.items():
+        assert len(names) > 5
+        texts = {path.parent.name for path in share.glob("doc/*/copyright*")}
+        assert set(names) - texts == set(), share
+        common = {path.name.removesuffix(".gz") for path in share.glob("common-licenses/*")}
+        assert _named(share) - common == set()
+    assert "GNU GENERAL PUBLIC" in _text(prefix / "criu/share/common-licenses/GPL-2.gz")
+    assert (prefix / "share/doc/architect/LICENSE").exists()
+    wheels = runtime.inside(whole, runtime.packages_folder(SETTINGS["runtime"])).glob("*.dist-info")
+    without = [one.name for one in wheels if not any(one.rglob("*LICEN[SC]E*"))]
+    assert without in ([], [f"architect-{component_image.version()}.dist-info"])
 
 
 @pytest.mark.engine

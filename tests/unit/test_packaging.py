@@ -1,6 +1,8 @@
 """What `make install` tells the engines and undoes again, and that the locked files are clean."""
 
+import gzip
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 
 import engines
 import image
+import licences
 from common import REPOSITORY, Failure
 from record import Record
 
@@ -173,3 +176,60 @@ def test_locked_packages_have_a_version_and_a_hash_and_name_no_index(name: str) 
     pinned = re.findall(r"^([a-z0-9._-]+)==\S+(?: ; [^\\]+)? \\\n    --hash=sha256:", text, re.M)
     named = [line for line in text.splitlines() if line[:1].isalnum()]
     assert len(pinned) == len(named) > 5
+
+
+def package(root: Path, name: str, text: str) -> None:
+    """Lay out a package's licence."""
+    folder = root / "usr/share/doc" / name
+    folder.mkdir(parents=True)
+    (folder / "copyright").write_text(text)
+
+
+def test_licences_come_with_the_texts_that_they_name(tmp_path: Path) -> None:
+    root, into = tmp_path / "root", tmp_path / "share"
+    package(root, "gcc-base", "see /usr/share/common-licenses/GPL-3.")
+    (root / "usr/share/doc/libgcc").symlink_to("gcc-base")
+    package(
+        root,
+        "crypto",
+        "On Debian: /usr/share/common-licenses/Apache-2.0, and /usr/share/common-licenses/",
+    )
+
+    licences.copy(["libgcc", "crypto", "crypto"], root, into)
+
+    found = [str(path.relative_to(into)) for path in into.rglob("*") if path.is_file()]
+    assert sorted(found) == [
+        "common-licenses/Apache-2.0.gz",
+        "common-licenses/GPL-3.gz",
+        "doc/crypto/copyright.gz",
+        "doc/libgcc/copyright.gz",
+    ]
+    text = gzip.decompress((into / "common-licenses/GPL-3.gz").read_bytes())
+    assert b"GNU GENERAL PUBLIC LICENSE" in text
+
+
+def test_what_has_no_licence_is_not_handed_out(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="package libnone has no licence at"):
+        licences.copy(["libnone"], tmp_path, tmp_path / "share")
+
+
+def test_licences_of_all_that_the_linker_takes_are_there(tmp_path: Path) -> None:
+    """It says itself which objects and archives it has opened."""
+    programs = ("keeper", "runc-architect", "criu-hook", "health-check-proxy")
+    words = ["make", "--silent", "-C", str(REPOSITORY / "native"), f"BUILD={tmp_path}"]
+    words += ["LDFLAGS=-s -Wl,--trace", *(str(tmp_path / name) for name in programs)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    said = [line for line in done.stdout.splitlines() if line.startswith("/usr/")]
+    opened = {Path(name).resolve() for name in said if name.endswith((".a", ".o"))}
+    names = {path.name for path in opened}
+    assert {"libc.a", "libcrypto.a", "libnghttp2.a", "libssl.a"} <= names
+    owners = subprocess.run(
+        ["dpkg-query", "--search", *opened], capture_output=True, text=True, check=True
+    )
+    packages = {line.split(":")[0] for line in owners.stdout.splitlines()}
+    assert {"libc6-dev", "libssl-dev", "musl-dev"} <= packages <= set(licences.linked())
+
+    licences.of_programs(tmp_path / "share")
+    texts = {path.parent.name for path in (tmp_path / "share/doc").glob("*/copyright.gz")}
+    assert packages <= texts
+    assert "Apache License" in (tmp_path / "share/doc/architect/LICENSE").read_text()

@@ -79,7 +79,8 @@ def _stamp() -> str:
 
 def _copy(fresh: Path) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(paths.BUNDLE, fresh, symlinks=True)
+    # Licences are for people, who find them on the disk.
+    shutil.copytree(paths.BUNDLE, fresh, symlinks=True, ignore=shutil.ignore_patterns("share"))
     shutil.copy(paths.CRIU_COMPAT, fresh / "lib")
 
 
