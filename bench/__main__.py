@@ -9,12 +9,13 @@ import subprocess
 import sys
 from typing import Any
 
-from bench import cluster, controlplane, footprint, harness, throughput, traffic, wakes
+from bench import cluster, controlplane, footprint, harness, throughput, tracking, traffic, wakes
 
 PARTS = {
     "wakes": wakes,
     "footprint": footprint,
     "throughput": throughput,
+    "tracking": tracking,
     "traffic": traffic,
     "cluster": cluster,
     "controlplane": controlplane,
@@ -23,13 +24,16 @@ PARTS = {
 
 def table(records: list[dict[str, Any]]) -> str:
     """The results as columns."""
-    head = ["what", "subject", "workload", "n", "p50 / value", "p99"]
+    head = ["what", "subject", "workload", "n", "p50 / value", "p99 / 95 %"]
     rows = [head]
     for one in records:
         if "p50_ms" in one:
             figures = [f"{one['p50_ms']:.1f} ms", f"{one['p99_ms']:.1f} ms"]
         else:
-            figures = [f"{one['value']:g} {one['unit']}", ""]
+            interval = f"{one['low']:g} to {one['high']:g}" if "low" in one else ""
+            value = one["value"]
+            shown = f"{value:.0f}" if value >= 1000 else f"{value:g}"
+            figures = [f"{shown} {one['unit']}", interval]
         rows.append([one["name"], one["subject"], one["workload"], str(one["n"]), *figures])
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
