@@ -42,8 +42,9 @@ static long (*const load_bytes)(const void *ctx, __u32 offset, void *to,
 				__u32 len) = (void *)BPF_FUNC_skb_load_bytes;
 
 #define OWNERS 16
-#define MARK 0x41720000u // "Ar", the owners' mask in the low half
-#define MARK_MASK 0xffff0000u
+#define MARK 0x41740000u // "At", the owners' mask in the low half
+#define MARK_MASK 0xfffe0000u
+#define QUIET 0x00010000u // the packet waits, but nobody is to be woken for it
 #define MAX_PORTS 1024
 // Carried by the packets that CRIU sends over lo, in a peer's name, to put a
 // restored socket into a half-closed state (SOCCR_MARK in its soccr/soccr.h).
@@ -62,7 +63,7 @@ static long (*const load_bytes)(const void *ctx, __u32 offset, void *to,
 
 struct port_owners { // masks of owners; key is protocol << 16 | port
 	__u32 activity; // the port's packets count and can be held
-	__u32 ignored;	// they do not count; dropped unless the gate is open
+	__u32 ignored;	// they do not count; held in transitions, else dropped unless open
 	__u32 shadow;	// as ignored, but without a program an opening SYN passes
 };
 
@@ -76,7 +77,8 @@ struct modes {
 // What else holds for owners that are not open. A map of its own: the modes' layout
 // is that of gates which older releases have pinned.
 struct sleep {
-	__u32 absent;  // no program is there: a shadow port's opening SYN is refused
+	__u32 absent;  // no program is there: a shadow port's opening SYN is refused,
+		       // and what does not count is dropped
 	__u32 opening; // of TCP, opening SYNs alone are held; the rest is dropped
 	__u32 probed;  // a probe's command runs: what comes over lo does not count
 };
@@ -221,6 +223,8 @@ inline_always int is_opening(struct __sk_buff *skb, __u32 transport)
 	       (flags & 0x17) == 0x02; // SYN without FIN, RST or ACK
 }
 
+#include "keepalive.h"
+
 // A global function is verified once, not on each of the paths that lead to it.
 // `destination` is the port, in the host's order; `class` the traffic class.
 __attribute__((noinline)) int judge(struct __sk_buff *skb, __u32 transport,
@@ -229,7 +233,7 @@ __attribute__((noinline)) int judge(struct __sk_buff *skb, __u32 transport,
 	struct port_owners *port;
 	struct modes *mode;
 	struct sleep *sleep;
-	__u32 key, zero = 0, activity, shadow, quiet, holding, dropping;
+	__u32 key, zero = 0, activity, shadow, quiet, holding, waiting, dropping;
 
 	key = (__u32)protocol << 16 | destination;
 	port = map_lookup(&ports, &key);
@@ -241,6 +245,14 @@ __attribute__((noinline)) int judge(struct __sk_buff *skb, __u32 transport,
 	sleep = map_lookup(&sleeps, &zero);
 	if (!sleep)
 		return PASS;
+	// Of ports that do not count, too: nobody else would tell their peers that the
+	// connection is still there.
+	if (protocol == IPPROTO_TCP && (activity | quiet) & sleep->absent) {
+		int answer = answer_keepalive(skb, transport, sleep->absent);
+
+		if (answer != PASS)
+			return answer;
+	}
 	if (skb->ifindex != LOOPBACK_INDEX) {
 		count_activity(activity);
 	} else if ((class & CLASS_MASK) == PROBE_CLASS || skb->mark == SHADOW_MARK) {
@@ -254,8 +266,11 @@ __attribute__((noinline)) int judge(struct __sk_buff *skb, __u32 transport,
 	if (!mode)
 		return PASS;
 	holding = activity & mode->holding;
+	// In a transition a program's own connections lose nothing, either. A mark has no
+	// room to say that a packet wakes one owner and only waits for another.
+	waiting = holding ? 0 : port->ignored & mode->holding & ~sleep->absent;
 	dropping = (activity & mode->dropping) |
-		   (quiet & (mode->holding | mode->dropping));
+		   (quiet & ~waiting & (mode->holding | mode->dropping));
 
 	// A packet that must not reach one owner's absent socket may not pass
 	// for the sake of another: it would be answered with a reset.
@@ -266,19 +281,19 @@ __attribute__((noinline)) int judge(struct __sk_buff *skb, __u32 transport,
 		count_dropped(dropping);
 		return TC_ACT_SHOT;
 	}
-	if (holding) {
+	if (holding | waiting) {
 		// Marked already: it came through a bridge or VLAN device of
 		// this namespace and was counted at the lower one.
 		if ((skb->mark & MARK_MASK) == MARK && skb->mark != MARK)
 			return PASS;
-		if ((!(holding & ~sleep->opening) && protocol == IPPROTO_TCP &&
-		     !is_opening(skb, transport)) ||
-		    !admit(holding, skb->len)) {
-			count_dropped(holding);
+		if ((holding && !(holding & ~sleep->opening) &&
+		     protocol == IPPROTO_TCP && !is_opening(skb, transport)) ||
+		    !admit(holding | waiting, skb->len)) {
+			count_dropped(holding | waiting);
 			return TC_ACT_SHOT;
 		}
 		count_held(holding);
-		skb->mark = MARK | activity;
+		skb->mark = holding ? MARK | activity : MARK | QUIET | waiting;
 	}
 	return PASS;
 }
@@ -400,6 +415,104 @@ SEC("tc") int gate_ethernet(struct __sk_buff *skb)
 SEC("tc") int gate_raw(struct __sk_buff *skb)
 {
 	return parse_network(skb, 0, net16((__u16)skb->protocol));
+}
+
+// ---- the way out ----
+//
+// At the egress of every interface while an owner is not open. A packet that reaches a socket
+// which is gone is answered by the kernel, with a reset or with ICMP. The gate sees to it that
+// none does; but others may take its filter away, or the rule that queues, and until that is
+// put back these answers must not leave: the sender then tries again, as if its packet had
+// been lost.
+
+inline_always int is_away(__u8 protocol, __u16 number)
+{
+	__u32 key = (__u32)protocol << 16 | number, zero = 0;
+	struct port_owners *port = map_lookup(&ports, &key);
+	struct modes *mode = map_lookup(&modes, &zero);
+
+	return port && mode && port->activity & (mode->holding | mode->dropping);
+}
+
+__attribute__((noinline)) int guard_tcp(struct __sk_buff *skb, __u32 transport, __u8 class)
+{
+	__u16 source;
+
+	if (!is_reset(skb, transport, IPPROTO_TCP) || load_bytes(skb, transport, &source, 2))
+		return PASS;
+	// To a prober on lo a refusal is the right answer: see PROBE_CLASS.
+	if (skb->ifindex == LOOPBACK_INDEX && (class & CLASS_MASK) == PROBE_CLASS)
+		return PASS;
+	return is_away(IPPROTO_TCP, net16(source)) ? TC_ACT_SHOT : PASS;
+}
+
+// `transport` is where the ports are of the packet that could not be delivered.
+__attribute__((noinline)) int guard_unreachable(struct __sk_buff *skb, __u32 transport,
+						__u8 protocol)
+{
+	__u16 destination;
+
+	if (!has_ports(protocol) || load_bytes(skb, transport + 2, &destination, 2))
+		return PASS;
+	return is_away(protocol, net16(destination)) ? TC_ACT_SHOT : PASS;
+}
+
+inline_always int guard_ipv4(struct __sk_buff *skb, __u32 network)
+{
+	struct iphdr ip;
+	__u32 transport;
+	__u8 kind[2];
+
+	if (load_bytes(skb, network, &ip, sizeof(ip)) || ip.ihl < 5)
+		return PASS;
+	transport = network + ip.ihl * 4u;
+	if (ip.protocol == IPPROTO_TCP)
+		return guard_tcp(skb, transport, ip.tos);
+	if (ip.protocol != IPPROTO_ICMP || load_bytes(skb, transport, kind, 2) ||
+	    kind[0] != 3 || kind[1] != 3) // port unreachable (RFC 792)
+		return PASS;
+	network = transport + 8;
+	if (load_bytes(skb, network, &ip, sizeof(ip)) || ip.ihl < 5)
+		return PASS;
+	return guard_unreachable(skb, network + ip.ihl * 4u, ip.protocol);
+}
+
+inline_always int guard_ipv6(struct __sk_buff *skb, __u32 network)
+{
+	struct ipv6hdr ip;
+	__u8 kind[2];
+
+	if (load_bytes(skb, network, &ip, sizeof(ip)))
+		return PASS;
+	network += sizeof(ip);
+	if (ip.nexthdr == IPPROTO_TCP)
+		return guard_tcp(skb, network, ip.priority << 4 | ip.flow_lbl[0] >> 4);
+	if (ip.nexthdr != IPPROTO_ICMPV6 || load_bytes(skb, network, kind, 2) ||
+	    kind[0] != 1 || kind[1] != 4) // port unreachable (RFC 4443)
+		return PASS;
+	network += 8;
+	if (load_bytes(skb, network, &ip, sizeof(ip)))
+		return PASS;
+	return guard_unreachable(skb, network + sizeof(ip), ip.nexthdr);
+}
+
+inline_always int guard_network(struct __sk_buff *skb, __u32 offset)
+{
+	if (skb->protocol == net16(ETH_P_IP))
+		return guard_ipv4(skb, offset);
+	if (skb->protocol == net16(ETH_P_IPV6))
+		return guard_ipv6(skb, offset);
+	return PASS;
+}
+
+SEC("tc") int guard_ethernet(struct __sk_buff *skb)
+{
+	return guard_network(skb, ETH_HLEN);
+}
+
+SEC("tc") int guard_raw(struct __sk_buff *skb)
+{
+	return guard_network(skb, 0);
 }
 
 // No helper above is reserved for GPL programs.

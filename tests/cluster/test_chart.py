@@ -241,6 +241,13 @@ def test_nodes_that_do_not_answer_are_left_only_on_request(helm: Helm) -> None:
         assert args == ["--deadline=270", *wanted]
 
 
+@pytest.mark.parametrize("given", [None, False, True])
+def test_keep_alives_are_answered_if_that_is_wanted(helm: Helm, given: bool | None) -> None:
+    settings = [] if given is None else [f"architectdAnswerKeepAlive={str(given).lower()}"]
+    args = pod_spec(helm.rendered(*settings), *WORKLOADS[0])["containers"][0]["args"]
+    assert ("--answer-keep-alive" in args) is bool(given)
+
+
 def test_crds_are_upgraded_and_outlive_the_release(helm: Helm) -> None:
     crds = [one for one in helm.rendered() if one["kind"] == "CustomResourceDefinition"]
     assert len(crds) == 2
@@ -264,6 +271,7 @@ def test_crds_are_upgraded_and_outlive_the_release(helm: Helm) -> None:
             r"defaultScaledownDuration: 999ms is less than a second",
         ),
         ("defaultNetworkMonitor=udp", r"defaultNetworkMonitor.*must be one of"),
+        ("architectdAnswerKeepAlive=2", r"architectdAnswerKeepAlive.*want boolean"),
         ("architectControlPlaneReplicas=0", r"architectControlPlaneReplicas.*minimum"),
         ("architectControlPlaneReplicas=many", r"architectControlPlaneReplicas.*want integer"),
         ("architectdTolerations=all", r"architectdTolerations.*want array"),

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
+import signal
 import socket
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.engine.support import Container, Lab, Unmet, Valkey, podman, unique, wait_until
+from tests.engine.support import (
+    PORT,
+    Container,
+    Lab,
+    Unmet,
+    Valkey,
+    must,
+    podman,
+    unique,
+    wait_until,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -19,8 +31,18 @@ SHADOW = 16379
 WATCHED_S = 4.0
 
 
-def _mapping(name: str) -> dict[str, object]:
-    return {"mappings": [{"containerName": name, "appPort": APP, "shadowPort": SHADOW}]}
+HEALTH = f"""
+import http.server, os
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if os.path.exists("/tmp/healthy") else 503)
+        self.end_headers()
+http.server.HTTPServer(("", {PORT}), Health).serve_forever()
+"""
+
+
+def _mapping(name: str, port: int = APP) -> dict[str, object]:
+    return {"mappings": [{"containerName": name, "appPort": port, "shadowPort": SHADOW}]}
 
 
 def _stays_asleep(container: Container, knock: object) -> None:
@@ -96,6 +118,96 @@ def test_proxy_answers_while_it_sleeps_and_ends_with_it(lab: Lab) -> None:
     assert client.command("PING") == "PONG"
     podman("rm", "-f", "-t", "0", container.name)
     wait_until(lambda: not Path(f"/proc/{proxies[0]}/ns/net").exists(), "the proxy's end")
+
+
+def _health(container: Container) -> int:
+    """Returns the status with which an HTTP probe through the proxy is answered."""
+    with contextlib.closing(http.client.HTTPConnection(container.address, SHADOW, 3)) as client:
+        client.request("GET", "/healthz")
+        return client.getresponse().status
+
+
+def test_one_that_fails_its_probes_stays_awake_and_is_told_healthy_only_when_it_is(
+    lab: Lab,
+) -> None:
+    name = unique("failing")
+    container = lab.start(
+        "",
+        *("python3", "-c", HEALTH),
+        name=name,
+        idle="1s",
+        health_check_proxy=_mapping(name, PORT),
+    )
+    wait_until(lambda: _connects(container, SHADOW), "the proxy to listen")
+    assert _health(container) == 503
+    with pytest.raises(Unmet):
+        wait_until(lambda: container.hibernations() > 0, "nothing", WATCHED_S)
+    container.exec("touch", "/tmp/healthy")
+    assert _health(container) == 200
+    container.await_state("SCALED_DOWN")
+    _stays_asleep(container, lambda: _health(container) == 200 or pytest.fail("not healthy"))
+
+
+def _answered_anew(container: Container, before: int, ended: str) -> int:
+    """Waits until another process than that one answers, and its end is told; returns the pid."""
+
+    def found() -> int:
+        proxies = _proxies(container)
+        return proxies[0] if proxies and before not in proxies else 0
+
+    pid: int = wait_until(found, "another proxy")
+    wait_until(lambda: _connects(container, SHADOW), "the proxy to listen")
+    assert _proxies(container) == [pid]
+    told = [one["message"] for one in container.events("Warning") if ended in one["message"]]
+    assert told, container.events("Warning")
+    assert 'its last words: "port 6379 of container' in told[-1]
+    return pid
+
+
+def test_proxy_that_is_killed_is_started_again(lab: Lab) -> None:
+    name = unique("revived")
+    container = lab.valkey("", name=name, health_check_proxy=_mapping(name))
+    wait_until(lambda: _connects(container, SHADOW), "the proxy to listen")
+    (pid,) = _proxies(container)
+    os.kill(pid, signal.SIGKILL)
+    pid = _answered_anew(container, pid, f"(pid {pid}) was ended by SIGKILL")
+    container.sleep()
+    os.kill(pid, signal.SIGKILL)
+    # It has seen nothing but a sleeper, and says nothing of it either.
+    pid = wait_until(
+        lambda: [one for one in _proxies(container) if one != pid],
+        "another proxy beside the sleeper",
+    )[0]
+    wait_until(lambda: _connects(container, SHADOW), "the proxy to listen")
+    _stays_asleep(container, lambda: _connects(container, SHADOW) or pytest.fail("no answer"))
+    warnings = [one["message"] for one in container.events("Warning")]
+    assert len([one for one in warnings if "was ended by SIGKILL" in one]) == 2, warnings
+    client = Valkey.connect("127.0.0.1", container.host_port)
+    assert client.command("PING") == "PONG"
+    assert _connects(container, SHADOW)
+    assert _proxies(container) == [pid]
+
+
+def test_proxy_outlives_the_daemon_and_is_cared_for_by_the_next(lab: Lab) -> None:
+    name = unique("inherited")
+    container = lab.valkey("", name=name, health_check_proxy=_mapping(name))
+    wait_until(lambda: _connects(container, SHADOW), "the proxy to listen")
+    (pid,) = _proxies(container)
+    must("architect", "down")
+    must("architect", "up")
+    assert _proxies(container) == [pid], "it was started anew, and has forgotten what it had seen"
+    os.kill(pid, signal.SIGKILL)
+    pid = _answered_anew(container, pid, "health-check-proxy has ended")
+    must("architect", "down")
+    try:
+        assert _connects(container, SHADOW)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not _proxies(container), "its end")
+    finally:
+        must("architect", "up")
+    pid = _answered_anew(container, pid, "has ended while no architectd ran")
+    podman("rm", "-f", "-t", "0", container.name)
+    wait_until(lambda: not Path(f"/proc/{pid}/ns/net").exists(), "the proxy's end")
 
 
 def _proxies(container: Container) -> list[int]:

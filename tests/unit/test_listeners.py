@@ -7,7 +7,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -125,7 +125,23 @@ def test_closed_by_the_program(address: str, stack: ExitStack) -> None:
     outgoing = pair.client.getsockname()[1]
     assert len(connections(PID, {outgoing})) == 1  # the client's end is half open as ever
     pair.client.close()
-    assert pair.open() == connections(PID, {outgoing}) == set()
+    until(lambda: pair.open() == connections(PID, {outgoing}) == set(), "the end of both")
+
+
+@families
+def test_closed_before_the_peer_has_got_everything(address: str, stack: ExitStack) -> None:
+    """The kernel still delivers: FIN_WAIT1, of which no program has a socket any more."""
+    pair = Pair(address, stack)
+    accepted = pair.accept()
+    accepted.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            accepted.send(bytes(1 << 16))
+    accepted.close()
+    assert pair.open() == pair.expected
+    while pair.client.recv(1 << 20):
+        pass
+    until(lambda: pair.open() == set(), "everything to be delivered")
 
 
 @families

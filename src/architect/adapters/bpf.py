@@ -16,17 +16,21 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 _BPF_FS_MAGIC = 0xCAFE4A11
 _BPF_TC_INGRESS = 1
+_BPF_TC_EGRESS = 2
 _BPF_TC_F_REPLACE = 1
 _BPF_TCX_INGRESS = 46
+_BPF_TCX_EGRESS = 47
 _BPF_LINK_TYPE_TCX = 11
 _ENOENT = 2
 _EEXIST = 17
 _ENODEV = 19
 _EINVAL = 22
+
+Key = TypeVar("Key", int, bytes)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PrintFunction = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
@@ -231,8 +235,8 @@ def program_id(descriptor: int) -> int:
     return int(struct.unpack_from("=II", info)[1])
 
 
-class Map:
-    """A map with keys and values of fixed layouts (struct module), by descriptor."""
+class Table(Generic[Key]):
+    """A map with keys of one field and values of fixed layouts (struct module), by descriptor."""
 
     def __init__(self, descriptor: int, key: struct.Struct, value: struct.Struct) -> None:
         """Take over a descriptor; `close` gives it back."""
@@ -241,7 +245,7 @@ class Map:
         self._value = value
         self._library = _libbpf()
 
-    def __getitem__(self, key: int) -> tuple[int, ...]:
+    def __getitem__(self, key: Key) -> tuple[int, ...]:
         """Return a value's fields. Raises KeyError, BpfError."""
         buffer = ctypes.create_string_buffer(self._value.size)
         result = self._library.bpf_map_lookup_elem(self.descriptor, self._key.pack(key), buffer)
@@ -252,7 +256,7 @@ class Map:
             raise _failed("cannot read a map", -result)
         return self._value.unpack(buffer.raw)
 
-    def __setitem__(self, key: int, fields: tuple[int, ...]) -> None:
+    def __setitem__(self, key: Key, fields: tuple[int, ...]) -> None:
         """Write a value. Raises MapFullError, BpfError."""
         result = self._library.bpf_map_update_elem(
             self.descriptor, self._key.pack(key), self._value.pack(*fields), 0
@@ -262,24 +266,29 @@ class Map:
             full = result == -7  # E2BIG
             raise _failed("cannot write a map", -result, MapFullError if full else BpfError)
 
-    def __delitem__(self, key: int) -> None:
+    def __delitem__(self, key: Key) -> None:
         """Remove a key, if it is there. Raises BpfError."""
         result = self._library.bpf_map_delete_elem(self.descriptor, self._key.pack(key))
         if result not in (0, -_ENOENT):
             _log.lines.clear()
             raise _failed("cannot delete from a map", -result)
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Key]:
         """Yield every key; the map must not change meanwhile."""
         key: bytes | None = None
         buffer = ctypes.create_string_buffer(self._key.size)
         while not self._library.bpf_map_get_next_key(self.descriptor, key, buffer):
             key = buffer.raw
-            yield self._key.unpack(key)[0]
+            found: Key = self._key.unpack(key)[0]
+            yield found
 
     def close(self) -> None:
         """Close the descriptor; a pinned map lives on."""
         os.close(self.descriptor)
+
+
+class Map(Table[int]):
+    """A map with numbers as keys."""
 
 
 class PerCpuMap:
@@ -330,6 +339,8 @@ class TcxFilter:
     accident. All methods act in the calling thread's network namespace.
     """
 
+    _hook: ClassVar = _BPF_TCX_INGRESS
+
     def __init__(self, interface: int, pin: Path) -> None:
         """Name the interface by its index, and the link; nothing is changed yet."""
         self._interface = interface
@@ -372,9 +383,7 @@ class TcxFilter:
             os.close(found[0])
         else:
             self._pin.unlink(missing_ok=True)
-            result = self._library.bpf_link_create(
-                descriptor, self._interface, _BPF_TCX_INGRESS, None
-            )
+            result = self._library.bpf_link_create(descriptor, self._interface, self._hook, None)
             if result >= 0:
                 try:
                     pin(result, self._pin)
@@ -399,12 +408,20 @@ class TcxFilter:
         self._pin.unlink(missing_ok=True)
 
 
+class TcxExitFilter(TcxFilter):
+    """The same at the egress."""
+
+    _hook: ClassVar = _BPF_TCX_EGRESS
+
+
 class IngressFilter:
     """One place for a direct-action filter at the ingress of an interface (tc clsact).
 
     Handle and priority are ours alone, so that other programs stay where they
     are. All methods act in the calling thread's network namespace.
     """
+
+    _point: ClassVar = _BPF_TC_INGRESS
 
     def __init__(self, interface: int, *, handle: int, priority: int) -> None:
         """Name the place by the interface's index; nothing is changed yet."""
@@ -414,9 +431,7 @@ class IngressFilter:
         self._library = _libbpf()
 
     def _hook(self) -> _TcHook:
-        return _TcHook(
-            sz=ctypes.sizeof(_TcHook), ifindex=self._interface, attach_point=_BPF_TC_INGRESS
-        )
+        return _TcHook(sz=ctypes.sizeof(_TcHook), ifindex=self._interface, attach_point=self._point)
 
     def _options(self, descriptor: int = 0, flags: int = 0) -> _TcOptions:
         return _TcOptions(
@@ -466,3 +481,9 @@ class IngressFilter:
         result = self._library.bpf_tc_detach(ctypes.byref(hook), ctypes.byref(options))
         if result not in (0, -_ENOENT, -_EINVAL, -_ENODEV):
             raise _failed(f"cannot detach from interface {self._interface}", -result)
+
+
+class EgressFilter(IngressFilter):
+    """The same at the egress."""
+
+    _point: ClassVar = _BPF_TC_EGRESS

@@ -17,46 +17,30 @@ with packets can `rest` for some seconds: that it is busy is known by then.
 import contextlib
 import enum
 import os
-import struct
 import threading
 import time
 import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
-from architect.adapters import bpf, netfilter, netns, nfqueue, shadowports
+from architect.adapters import bpf, filters, gatemaps, netfilter, netns, nfqueue, shadowports
+from architect.adapters.gatemaps import OWNERS, Sleeps
 from architect.adapters.holding import Holding, Waiting
-from architect.decisions.ports import Port, Protocol, Shadow, Use
+from architect.adapters.keepalives import KeepAlives
+from architect.decisions.ports import Port, Shadow, Use
 
-OWNERS = 16
-"""Owners a gate has room for, numbered from 0: the width of the mark's low half."""
 HELD_PACKETS = 1024
 """Packets held for one owner in one closing of its gate; the rest is dropped."""
 HELD_BYTES = 32 << 20
 """Likewise in bytes: aggregated segments have up to 64 KB each."""
-RULE = netfilter.Rule(mark=0x41720000, mask=0xFFFF0000, queue=16754)
-"""'Ar' as mark, so also in gate.bpf.c; the queue has the same number."""
+RULE = netfilter.Rule(mark=0x41740000, mask=0xFFFE0000, queue=16754)
+"""'At' as mark, so also in gate.bpf.c; 'Ar' as the queue's number."""
 
-_HANDLE = 1
-_PRIORITY = 21
-"""Of our tc filter: other programs' filters stay, before or after it."""
-_LINK = "ingress-"
-"""Beginning of the pins of the filters at interfaces, where they have some."""
 _RECEIVE_BUFFER = 8 << 20
 _RECEIVE_AT_ONCE = 512
 """Keeps one `receive` below 5 ms; the descriptor stays readable for the rest."""
-_PROTOCOLS = {"tcp": 6, "udp": 17}
-_PROTOCOL_NAMES: dict[int, Protocol] = {6: "tcp", 17: "udp"}
-
-_KEY = struct.Struct("=I")
-_PORT_OWNERS = struct.Struct("=III")
-_MODES = struct.Struct("=II")
-_SLEEPS = struct.Struct("=III")
-_HELD = struct.Struct("=QQ")
-_ACTIVITY = struct.Struct("=QQQQ")
-_MAPS = ("ports", "modes", "sleeps", "held", "traffic", "limits")
-_PROGRAMS = ("gate_ethernet", "gate_raw")
+_PROGRAMS = ("gate_ethernet", "gate_raw", "guard_ethernet", "guard_raw")
 
 
 class GateError(Exception):
@@ -82,20 +66,6 @@ class Mode(enum.IntEnum):
     """They vanish as in a congested network; TCP clients repeat them."""
 
 
-class _Sleeps(NamedTuple):
-    """Masks of owners, as in the map `sleeps`."""
-
-    absent: int
-    opening: int
-    """Of TCP they hold opening SYNs alone."""
-    probed: int
-
-
-class _Shut(TypedDict):
-    holding: int
-    dropping: int
-
-
 class Activity(NamedTuple):
     """What an owner's ports have seen since the owner appeared."""
 
@@ -107,21 +77,6 @@ class Activity(NamedTuple):
     """Of these, how many were put into the queue."""
     dropped: int
     """Packets dropped by mode or by the bound on held ones."""
-
-
-def _bit(owner: int) -> int:
-    if not 0 <= owner < OWNERS:
-        raise ValueError(f"owner {owner} is not between 0 and {OWNERS - 1}")
-    return 1 << owner
-
-
-def _key(port: Port) -> int:
-    if not 0 < port.number < 1 << 16:
-        raise ValueError(f"port {port.number} is not between 1 and 65535")
-    return _PROTOCOLS[port.protocol] << 16 | port.number
-
-
-Place = bpf.TcxFilter | bpf.IngressFilter
 
 
 class Gate:
@@ -144,13 +99,26 @@ class Gate:
         self._netns = netns_fd
         self._pins = pin_dir
         self._programs = programs
-        self._program_ids: dict[str, int] = {}
-        self._ports = bpf.Map(maps["ports"], _KEY, _PORT_OWNERS)
-        self._mode_masks = bpf.Map(maps["modes"], _KEY, _MODES)
-        self._sleep_masks = bpf.Map(maps["sleeps"], _KEY, _SLEEPS)
-        self._held_counts = bpf.Map(maps["held"], _KEY, _HELD)
-        self._traffic = bpf.PerCpuMap(maps["traffic"], _KEY, _ACTIVITY)
-        self._limits = bpf.Map(maps["limits"], _KEY, _HELD)
+        self._filters = filters.Filters(
+            pin_dir,
+            filters.Side.INGRESS,
+            ethernet=programs["gate_ethernet"],
+            raw=programs["gate_raw"],
+        )
+        self._guard = filters.Filters(
+            pin_dir,
+            filters.Side.EGRESS,
+            ethernet=programs["guard_ethernet"],
+            raw=programs["guard_raw"],
+        )
+        self._ports = bpf.Map(maps["ports"], gatemaps.KEY, gatemaps.PORT_OWNERS)
+        self._mode_masks = bpf.Map(maps["modes"], gatemaps.KEY, gatemaps.MODES)
+        self._sleep_masks = bpf.Map(maps["sleeps"], gatemaps.KEY, gatemaps.SLEEPS)
+        self._held_counts = bpf.Map(maps["held"], gatemaps.KEY, gatemaps.HELD)
+        self._traffic = bpf.PerCpuMap(maps["traffic"], gatemaps.KEY, gatemaps.ACTIVITY)
+        self._limits = bpf.Map(maps["limits"], gatemaps.KEY, gatemaps.HELD)
+        self.keep_alives = KeepAlives(maps["connections"])
+        """Whose probes are answered; for an owner that is absent, until it is open."""
         self._tables = list(maps.values())
         self._holding: Holding | None = None
         self._shadows: list[Shadow] | None = []  # None: there are some of an earlier daemon
@@ -158,10 +126,11 @@ class Gate:
         # Copies of what only we write, so that deciding costs no system call.
         self._port_owners: dict[int, tuple[int, ...]] = {}
         self._masks = dict.fromkeys(Mode, 0)  # mode -> owners; not kept for OPEN
-        self._sleeps = _Sleeps(0, 0, 0)
+        self._sleeps = Sleeps(0, 0, 0)
         self._lock = threading.Lock()
         self._queueing = False  # the rules are in place; under the lock, as all below
         self._resting = False  # the filters are not in place
+        self._guarding = False  # those on the way out are
         self._watched_ns = 0  # when they were put back; CLOCK_MONOTONIC
 
     @classmethod
@@ -200,7 +169,7 @@ class Gate:
             raise GateError(f"{pin_dir} is not on a bpf file system; mount one (ensure_bpffs)")
         # A new release's program replaces the old one but keeps its maps.
         version = f"{zlib.crc32(program.read_bytes()):08x}"
-        map_pins = {name: pin_dir / name for name in _MAPS}
+        map_pins = {name: pin_dir / name for name in gatemaps.NAMES}
         program_pins = {name: pin_dir / f"{name}-{version}" for name in _PROGRAMS}
         pins = {**map_pins, **program_pins}
         descriptors: dict[str, int] = {}
@@ -213,7 +182,7 @@ class Gate:
             for name, path in pins.items():
                 descriptors[name] = bpf.open_pinned(path)
             for path in pin_dir.iterdir():
-                if path not in pins.values() and not path.name.startswith(_LINK):
+                if path not in pins.values() and not path.name.startswith(filters.PINS):
                     path.unlink()
         except BaseException:
             for descriptor in [*descriptors.values(), netns_fd]:
@@ -222,21 +191,21 @@ class Gate:
         gate = cls(
             netns_fd,
             pin_dir,
-            {name: descriptors[name] for name in _MAPS},
+            {name: descriptors[name] for name in gatemaps.NAMES},
             {name: descriptors[name] for name in _PROGRAMS},
         )
         gate._pin_names = {path.name: descriptors[name] for name, path in pins.items()}
         return gate
 
     def _start(self) -> None:
-        self._program_ids = {name: bpf.program_id(fd) for name, fd in self._programs.items()}
         if self._limits[0] == (0, 0):
             self._limits[0] = (HELD_PACKETS, HELD_BYTES)
         self._port_owners = {key: self._ports[key] for key in self._ports}
+        self.keep_alives.find()
         if any(masks[Use.SHADOW] for masks in self._port_owners.values()):
             self._shadows = None
         self._masks[Mode.HOLD], self._masks[Mode.DROP] = self._mode_masks[0]
-        self._sleeps = _Sleeps(*self._sleep_masks[0])
+        self._sleeps = Sleeps(*self._sleep_masks[0])
         # A probe that ran for an earlier daemon is over, or counts.
         self._set_sleeps(self._sleeps._replace(probed=0))
         with netns.entered(self._netns):
@@ -246,6 +215,8 @@ class Gate:
             # A daemon that was killed may have left them.
             found = [self._reach(family) for family in netfilter.Family]
             self._queueing = netfilter.Reach.QUEUED in found
+            if not any(self._masks.values()):
+                self._guard.take()
 
     @property
     def _packets(self) -> Holding:
@@ -271,10 +242,10 @@ class Gate:
         wait if any of them holds, and are dropped if any of them drops.
         Raises TooManyPortsError; the ports may then be set in part.
         """
-        bit = _bit(owner)
+        bit = gatemaps.bit(owner)
         wanted: dict[int, Use] = {}
         for port in ports:
-            if wanted.setdefault(_key(port), port.use) != port.use:
+            if wanted.setdefault(gatemaps.key(port), port.use) != port.use:
                 raise ValueError(f"port {port.number}/{port.protocol} is declared for two uses")
         try:
             for key in self._port_owners.keys() | wanted.keys():
@@ -301,9 +272,9 @@ class Gate:
 
     def ports(self, owner: int) -> list[Port]:
         """Return an owner's declared ports, as set, or as found by `open`."""
-        bit = _bit(owner)
+        bit = gatemaps.bit(owner)
         return [
-            Port(_PROTOCOL_NAMES[key >> 16], key & 0xFFFF, use)
+            Port(*gatemaps.port_of(key), use)
             for key, masks in sorted(self._port_owners.items())
             for use in Use
             if masks[use] & bit
@@ -316,13 +287,13 @@ class Gate:
         Packets held already stay held until `release`. The first to hold has
         the rules put in place: some milliseconds.
         """
-        bit = _bit(owner)
+        bit = gatemaps.bit(owner)
         if self.mode(owner) is mode:
             return
         if mode is Mode.OPEN:
             # First: a daemon killed in between must not leave it to the next dump.
             absent, opening, probed = self._sleeps
-            self._set_sleeps(_Sleeps(absent & ~bit, opening & ~bit, probed))
+            self._set_sleeps(Sleeps(absent & ~bit, opening & ~bit, probed))
             self._set_masks(owner, bit, mode)
             return
         with self._lock:
@@ -330,6 +301,7 @@ class Gate:
                 # Before the first mark: a marked packet without a rule passes.
                 self._put_rules()
             self._put_filters()
+            self._put_guard()
             self._set_masks(owner, bit, mode)
 
     def _set_masks(self, owner: int, bit: int, mode: Mode) -> None:
@@ -338,6 +310,8 @@ class Gate:
             masks[mode] |= bit
         self._allow(owner)
         try:
+            if mode is Mode.OPEN:
+                self.keep_alives.forget(owner)
             self._mode_masks[0] = (masks[Mode.HOLD], masks[Mode.DROP])
         except bpf.BpfError as error:
             raise GateError(f"cannot set the mode of owner {owner}: {error}") from error
@@ -346,28 +320,34 @@ class Gate:
     def set_absent(self, owner: int, *, only_opening: bool | None = False) -> None:
         """An owner that is not open has no program any more; until it is open again.
 
-        New connections to its shadow ports are refused from now on. With
+        New connections to its shadow ports are refused from now on, and what does not
+        count is dropped; of that which waited, little is kept for the wake. With
         `only_opening` new TCP connections alone wait; other segments of TCP are
         dropped, for an owner that has no connection; None leaves that as it is.
         """
-        bit = _bit(owner)
+        bit = gatemaps.bit(owner)
         if self.mode(owner) is Mode.OPEN:
             raise ValueError(f"owner {owner} is open")
         absent, opening, probed = self._sleeps
         if only_opening is not None:
             opening = opening | bit if only_opening else opening & ~bit
-        self._set_sleeps(_Sleeps(absent | bit, opening, probed))
+        self._set_sleeps(Sleeps(absent | bit, opening, probed))
+        self._collect(OWNERS * HELD_PACKETS)
+        with self._saying():
+            hushed = self._packets.hush(bit)
+        if hushed:
+            self._allow_the_rest(owner)
 
     def set_present(self, owner: int) -> None:
         """An owner's program is being brought back: nobody is refused any more who would find half of it."""
-        self._set_sleeps(self._sleeps._replace(absent=self._sleeps.absent & ~_bit(owner)))
+        self._set_sleeps(self._sleeps._replace(absent=self._sleeps.absent & ~gatemaps.bit(owner)))
 
     def set_probed(self, owner: int, *, probed: bool) -> None:
         """A probe's command runs in an owner, or no more: what comes over lo does not count meanwhile."""
-        bit, mask = _bit(owner), self._sleeps.probed
+        bit, mask = gatemaps.bit(owner), self._sleeps.probed
         self._set_sleeps(self._sleeps._replace(probed=mask | bit if probed else mask & ~bit))
 
-    def _set_sleeps(self, masks: _Sleeps) -> None:
+    def _set_sleeps(self, masks: Sleeps) -> None:
         if masks == self._sleeps:
             return
         try:
@@ -378,12 +358,12 @@ class Gate:
 
     def mode(self, owner: int) -> Mode:
         """Return an owner's mode, as set, or as found by `open`."""
-        bit = _bit(owner)
+        bit = gatemaps.bit(owner)
         return next((mode for mode, owners in self._masks.items() if owners & bit), Mode.OPEN)
 
     def activity(self, owner: int) -> Activity:
         """Read an owner's counters from the kernel. While the filters rest, the last packet is now."""
-        _bit(owner)
+        gatemaps.bit(owner)
         try:
             by_cpu = [Activity(*fields) for fields in self._traffic[owner]]
         except bpf.BpfError as error:
@@ -396,18 +376,18 @@ class Gate:
         """Take notice of newly held packets; return the mask of their holding owners.
 
         Does not block. Zero is a valid answer: late packets of an owner that
-        is open again are passed on at once.
+        is open again are passed on at once, and quiet ones want nobody. Other
+        calls take notice too (`release`, `set_absent`, `repair`): call this after
+        them, since `fileno` then no longer tells.
         """
-        return self._collect(_RECEIVE_AT_ONCE)
+        self._collect(_RECEIVE_AT_ONCE)
+        return self._packets.woken() & self._masks[Mode.HOLD]
 
-    def _collect(self, limit: int, keep: int = 0) -> int:
+    def _collect(self, limit: int, keep: int = 0) -> None:
         """Read the queue; hold what must wait, or belongs to an owner in `keep`."""
+        holding, dropping = self._masks[Mode.HOLD], self._masks[Mode.DROP]
         with self._saying():
-            return self._packets.collect(limit, **self._shut, keep=keep)
-
-    @property
-    def _shut(self) -> _Shut:
-        return {"holding": self._masks[Mode.HOLD], "dropping": self._masks[Mode.DROP]}
+            self._packets.collect(limit, holding=holding, dropping=dropping, keep=keep)
 
     @contextlib.contextmanager
     def _saying(self) -> Iterator[None]:
@@ -424,14 +404,19 @@ class Gate:
         if another of them is in mode DROP. Accepted packets have passed the
         gate: they go to their sockets even if the owner's mode is still HOLD.
         """
-        bit = _bit(owner)
+        bit = gatemaps.bit(owner)
         self._collect(OWNERS * HELD_PACKETS, keep=bit)
         with self._saying():
-            return self._packets.release(bit, **self._shut, accept=accept)
+            return self._packets.release(
+                bit,
+                holding=self._masks[Mode.HOLD],
+                dropping=self._masks[Mode.DROP],
+                accept=accept,
+            )
 
     def waiting(self, owner: int) -> Waiting:
         """Return how much is held for an owner, and for how long."""
-        return self._packets.waiting(_bit(owner))
+        return self._packets.waiting(gatemaps.bit(owner))
 
     def expire(self, seconds: float) -> int:
         """Drop what has been held for longer; return the mask of the owners that had some.
@@ -443,8 +428,12 @@ class Gate:
             owners = self._packets.expire(seconds)
         for owner in range(OWNERS):
             if owners >> owner & 1:
-                self._allow(owner, self.waiting(owner).packets)
+                self._allow_the_rest(owner)
         return owners
+
+    def _allow_the_rest(self, owner: int) -> None:
+        waiting = self.waiting(owner)
+        self._allow(owner, waiting.packets + waiting.quiet)
 
     def _allow(self, owner: int, packets: int = 0) -> None:
         try:
@@ -458,7 +447,7 @@ class Gate:
         Its packets are dropped; those of several owners stay for the others.
         The number is then free for another container.
         """
-        bit = _bit(owner)
+        bit = gatemaps.bit(owner)
         self.set_ports(owner, ())
         self.set_mode(owner, Mode.OPEN)
         self.set_probed(owner, probed=False)
@@ -489,32 +478,14 @@ class Gate:
                 if self._masks[Mode.HOLD] or self._queueing:
                     repaired += self._repair_rules()
                     self._queueing = True
-                if not self._resting:
-                    repaired += self._repair_filters()
+                lacking = self._filters.put() if not self._resting else []
+                if self._guarding or any(self._masks.values()):
+                    lacking += self._guard.put()
+                    self._guarding = True
+                repaired += [f"filter on {name}" for name in dict.fromkeys(lacking)]
         except _CAUSES as error:
             raise GateError(f"cannot repair gate {self._pins.name}: {error}") from error
         return repaired
-
-    def _repair_filters(self) -> list[str]:
-        repaired = []
-        for interface in netns.interfaces():
-            name = "gate_ethernet" if interface.ethernet else "gate_raw"
-            place, other = self._places(interface.number)
-            if place.attached() == self._program_ids[name]:
-                continue
-            try:
-                place.attach(self._programs[name])
-            except bpf.InterfaceGoneError:
-                continue
-            other.detach()  # of a daemon or a kernel that did it the other way
-            repaired.append(f"filter on {interface.name}")
-        return repaired
-
-    def _places(self, interface: int) -> tuple[Place, Place]:
-        """Where the filter belongs on this kernel, and where it may be from another time."""
-        link = bpf.TcxFilter(interface, self._pins / f"{_LINK}{interface}")
-        classifier = bpf.IngressFilter(interface, handle=_HANDLE, priority=_PRIORITY)
-        return (link, classifier) if bpf.has_tcx() else (classifier, link)
 
     def _reach(self, family: netfilter.Family) -> netfilter.Reach:
         def arrived() -> bool:
@@ -522,8 +493,8 @@ class Gate:
             self._collect(_RECEIVE_AT_ONCE)
             return self._packets.probe_arrived
 
-        udp = _PROTOCOLS["udp"]
-        avoid = [key & 0xFFFF for key in self._port_owners if key >> 16 == udp]
+        known = map(gatemaps.port_of, self._port_owners)
+        avoid = [number for protocol, number in known if protocol == "udp"]
         return netfilter.reach(family, RULE, self.fileno(), arrived, avoid)
 
     def _put_rules(self) -> None:
@@ -542,9 +513,19 @@ class Gate:
         self._watched_ns = time.monotonic_ns()
         try:
             with netns.entered(self._netns):
-                self._repair_filters()
+                self._filters.put()
         except _CAUSES as error:
             raise GateError(f"gate {self._pins.name} cannot watch: {error}") from error
+
+    def _put_guard(self) -> None:
+        if self._guarding:
+            return
+        try:
+            with netns.entered(self._netns):
+                self._guard.put()
+        except _CAUSES as error:
+            raise GateError(f"gate {self._pins.name} cannot keep answers: {error}") from error
+        self._guarding = True
 
     @property
     def busy(self) -> bool:
@@ -573,9 +554,7 @@ class Gate:
                 return False
             try:
                 with netns.entered(self._netns):
-                    for interface in netns.interfaces():
-                        for place in self._places(interface.number):
-                            place.detach()
+                    self._filters.take()
             except _CAUSES as error:
                 raise GateError(f"cannot rest gate {self._pins.name}: {error}") from error
             finally:
@@ -592,11 +571,12 @@ class Gate:
         with self._lock:
             if self._masks[Mode.HOLD] or self._holding is None or self._holding:
                 return False
-            if not self._queueing:
-                return True
             try:
                 with netns.entered(self._netns):
-                    for family in netfilter.Family:
+                    if self._guarding and not any(self._masks.values()):
+                        self._guard.take()
+                        self._guarding = False
+                    for family in netfilter.Family if self._queueing else ():
                         netfilter.remove(netfilter.probe(family, RULE).backend, family, RULE)
             except _CAUSES as error:
                 raise GateError(
@@ -667,9 +647,8 @@ class Gate:
         self._collect(OWNERS * HELD_PACKETS, keep=~RULE.mask)
         self._packets.release_all()
         with netns.entered(self._netns):
-            for interface in netns.interfaces():
-                for place in self._places(interface.number):
-                    place.detach()
+            self._filters.take()
+            self._guard.take()
             for family in netfilter.Family:
                 # All that work: an earlier daemon may have preferred another.
                 for backend in netfilter.probe(family, RULE).backends:

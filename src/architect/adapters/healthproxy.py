@@ -23,24 +23,33 @@ _NOBODY: Final = 65532
 """Needs no right to anything, as the sidecar."""
 
 
-def ensure(pid: int, namespace: Path, mappings: Collection[PortMapping], log: Path) -> int:
-    """Has exactly these mappings served in a network namespace; returns the process's pid, 0 for none.
+def find(pid: int, namespace: Path, mappings: Collection[PortMapping]) -> int:
+    """The process that serves exactly these mappings in a network namespace; 0 if there is none.
 
-    ``pid`` is what this returned before. Raises OSError, netns.NetnsError.
+    ``pid`` is which it was when somebody last wrote that down; 0 if there never was one, and then nobody
+    looks. Raises OSError.
     """
-    words = [str(paths.PROXY_PROGRAM)]
-    for one in mappings:
-        words += ["--map", f"{one.container}:{one.shadow_port}:{one.app_port}"]
-    if pid and mappings and _words(pid) == words:
-        return pid
-    end(pid)
-    if not mappings:
-        return 0
+    parts, space = _parts(_command(mappings)), namespace.stat().st_ino
+    # The one that was written down may have had a successor since.
+    others = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+    for one in (pid, *others) if pid else ():
+        if _parts(_words(one)) == parts:
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{one}/ns/net").stat().st_ino == space:
+                    return one
+    return 0
+
+
+def start(namespace: Path, mappings: Collection[PortMapping], log: Path) -> int:
+    """Has these mappings served in a network namespace; returns the process's pid.
+
+    Raises OSError, netns.NetnsError.
+    """
     space = netns.open_netns(namespace)
     try:
         with netns.entered(space), log.open("wb") as output:
             process = subprocess.Popen(
-                words,
+                _command(mappings),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -79,20 +88,27 @@ def is_failing(namespace: Path, mapping: PortMapping) -> bool:
     return True
 
 
-def is_there(pid: int) -> bool:
-    """Whether the process runs."""
-    return bool(pid) and _words(pid)[:1] == [str(paths.PROXY_PROGRAM)]
-
-
 def end(pid: int) -> None:
     """Ends the process, if it is still one of ours."""
-    if is_there(pid):
+    if pid and _words(pid)[:1] == [str(paths.PROXY_PROGRAM)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
 
 
+def _command(mappings: Collection[PortMapping]) -> list[str]:
+    words = [str(paths.PROXY_PROGRAM)]
+    for one in mappings:
+        words += ["--map", f"{one.container}:{one.shadow_port}:{one.app_port}"]
+    return words
+
+
 def _words(pid: int) -> list[str]:
+    """Its command line (proc(5)), in which the program has ended the parts of each mapping (arguments.c)."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
     except (OSError, UnicodeDecodeError):
         return []
+
+
+def _parts(words: list[str]) -> list[str]:
+    return [part for word in words for part in word.split(":")]

@@ -1,11 +1,13 @@
 """The packets that wait at one gate, and in which order they go on.
 
 Called by the gate, which knows who holds and who drops. Owners are masks, as in the packets' marks.
+A quiet packet came in a transition and wakes nobody. Those of a dump wait for the wake, whenever it is: most
+are what the program's own connections need to go on at once, an acknowledgement or an answer.
 """
 
 import time
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from architect.adapters import nfqueue
 from architect.adapters.netfilter import Rule
@@ -17,10 +19,21 @@ class Waiting(NamedTuple):
     packets: int
     oldest_s: float
     """For how long the first of them has waited; 0 without one."""
+    quiet: int = 0
+    """Beside these: quiet ones."""
+
+
+OWNERS_MASK: Final = 0xFFFF
+"""Of a mark: whom the packet is for."""
+QUIET: Final = 0x10000
+"""Of a mark: nobody is to be woken. As in native/bpf/gate.bpf.c."""
+QUIET_PACKETS: Final = 64
+"""Quiet packets that a sleeper keeps."""
 
 
 class _Held(NamedTuple):
     owners: int
+    quiet: bool
     since: float
     """time.monotonic()"""
 
@@ -33,6 +46,7 @@ class Holding:
         self._rule = rule
         self._queue = nfqueue.Queue(rule.queue, capacity=capacity, buffer_bytes=buffer_bytes)
         self._held: dict[int, _Held] = {}  # by the packet's number, in order of arrival
+        self._woken = 0
         self.probe_arrived = False
         """A packet with exactly the rule's mark was there (netfilter.reach)."""
 
@@ -44,39 +58,51 @@ class Holding:
         """Return a descriptor that polls readable when there are packets to `collect`."""
         return self._queue.fileno()
 
-    def collect(self, limit: int, *, holding: int, dropping: int, keep: int = 0) -> int:
+    def collect(self, limit: int, *, holding: int, dropping: int, keep: int = 0) -> None:
         """Read the queue; hold what must wait, or belongs to an owner in `keep`.
 
-        Does not block. Returns the mask of those in `holding` for whom there is something new.
+        Does not block. `woken` then tells for whom there is something new.
         """
         keep |= holding
-        for owners, _ in self._held.values():
+        for owners, _, _ in self._held.values():
             if not owners & holding:  # about to be released: nothing may overtake it
                 keep |= owners
-        woken, now = 0, time.monotonic()
+        now = time.monotonic()
         for number, mark in self._queue.receive(limit):
-            owners = mark & ~self._rule.mask
+            owners, quiet = mark & OWNERS_MASK, bool(mark & QUIET)
             if mark == self._rule.mark:
                 self.probe_arrived = True
                 self._queue.decide([number], accept=False)
             elif owners & keep:
-                woken |= owners & holding
-                self._held[number] = _Held(owners, now)
+                if not quiet:
+                    self._woken |= owners & holding
+                self._held[number] = _Held(owners, quiet, now)
             else:
                 # Marked just before the gate was opened.
                 self._queue.decide([number], accept=not owners & dropping)
+
+    def woken(self) -> int:
+        """Return the mask of those for whom something new was held since the last call."""
+        woken, self._woken = self._woken, 0
         return woken
+
+    def hush(self, bit: int) -> int:
+        """Keep of an owner, which sleeps now, the first quiet packets alone; return how many are gone."""
+        quiet = [number for number, held in self._held.items() if held.quiet and held.owners & bit]
+        self._decide(quiet[QUIET_PACKETS:], accept=False)
+        return len(quiet[QUIET_PACKETS:])
 
     def release(self, bit: int, *, holding: int, dropping: int, accept: bool) -> int:
         """Deliver or drop what is held for an owner, in order of arrival; return how many went.
 
         A packet that belongs to several owners stays until none of them holds, and is dropped if
-        another of them drops.
+        another of them drops. Quiet ones are not dropped here.
         """
         going = [
             (number, owners)
-            for number, (owners, _) in self._held.items()
+            for number, (owners, quiet, _) in self._held.items()
             if owners == bit or (owners & bit and not owners & holding)
+            if accept or not quiet
         ]
         accepted = [number for number, owners in going if accept and not owners & ~bit & dropping]
         self._decide(accepted, accept=True)
@@ -92,20 +118,26 @@ class Holding:
         """An owner is no more: its packets are dropped; those of several stay for the others."""
         own = [number for number, held in self._held.items() if held.owners == bit]
         self._decide(own, accept=False)
-        for number, (owners, since) in self._held.items():
-            self._held[number] = _Held(owners & ~bit, since)
+        for number, held in self._held.items():
+            self._held[number] = held._replace(owners=held.owners & ~bit)
         freed = [number for number, held in self._held.items() if not held.owners & holding]
         self._decide(freed, accept=True)
 
     def waiting(self, bit: int) -> Waiting:
         """Return how much is held for an owner, and for how long."""
-        since = [held.since for held in self._held.values() if held.owners & bit]
-        return Waiting(len(since), time.monotonic() - since[0] if since else 0.0)
+        own = [held for held in self._held.values() if held.owners & bit]
+        since = [held.since for held in own if not held.quiet]
+        oldest_s = time.monotonic() - since[0] if since else 0.0
+        return Waiting(len(since), oldest_s, len(own) - len(since))
 
     def expire(self, seconds: float) -> int:
-        """Drop what has been held for longer; return the mask of the owners that had some."""
+        """Drop what has been held for longer, but for quiet ones; return the mask of their owners."""
         end = time.monotonic() - seconds
-        old = {number: held.owners for number, held in self._held.items() if held.since <= end}
+        old = {
+            number: held.owners
+            for number, held in self._held.items()
+            if held.since <= end and not held.quiet
+        }
         self._decide(old, accept=False)
         owners = 0
         for mask in old.values():

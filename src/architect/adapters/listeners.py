@@ -13,10 +13,11 @@ from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Final, NamedTuple
 
-_TCP_OPEN: Final = ("01", "08")
-"""ESTABLISHED, CLOSE_WAIT."""
-_TCP_HALF_CLOSED: Final = ("04", "05")
-"""FIN_WAIT1, FIN_WAIT2: the kernel alone closes them, unless a program still holds the socket to read."""
+_TCP_OPEN: Final = ("01", "03", "04", "08", "09", "0B")
+"""ESTABLISHED, SYN_RECV, CLOSE_WAIT; FIN_WAIT1, LAST_ACK and CLOSING, in which the kernel still delivers what
+a program has said before it closed, and needs the peer's acknowledgements for that."""
+_TCP_HALF_CLOSED: Final = "05"
+"""FIN_WAIT2: the kernel alone ends it, unless a program still holds the socket to read."""
 _NO_INODE: Final = "0"
 _TCP_LISTEN: Final = "0A"
 _UDP_UNCONNECTED: Final = "07"
@@ -89,14 +90,16 @@ def connections(netns_pid: int, ports: Collection[int]) -> set[Connection]:
     """The TCP connections to ``ports`` that are open in the namespace of ``netns_pid``.
 
     Open is what the kernel still has for a program: established ones, which one whose peer has vanished
-    stays until keep-alive or retransmission gives up; those that the peer has half closed; and those that
-    the program has half closed and still holds. Waiting for a program's ``accept`` is open too.
+    stays until keep-alive or retransmission gives up; those that the peer has half closed; those that the
+    program has half closed and still holds; those that it has closed while the peer has not got everything
+    yet, for which the kernel gives up in time, too. So are those that are being opened, or wait for a
+    program's ``accept``.
     """
     return {
         Connection(_port(row[1]), _address(row[2]), _port(row[2]))
         for table in ("tcp", "tcp6")
         for row in _rows(netns_pid, table)
-        if (row[3] in _TCP_OPEN or (row[3] in _TCP_HALF_CLOSED and row[9] != _NO_INODE))
+        if (row[3] in _TCP_OPEN or (row[3] == _TCP_HALF_CLOSED and row[9] != _NO_INODE))
         and _port(row[1]) in ports
     }
 

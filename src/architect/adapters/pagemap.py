@@ -5,9 +5,8 @@ Why: a hibernated container should leave nothing in memory, but what CRIU reads 
 disk with a generous read-ahead takes 15 ms for a few hundred kilobytes. So these stay in the page cache.
 Called by :mod:`.store`.
 
-Why by hand: CRIU's Python package is not on the index, a protobuf runtime costs the daemon 8 MB, and four
-integer fields of one message are needed (images/pagemap.proto of CRIU; protobuf's encoding guide).
-native/keeper/pagemap.c reads the same for the pager.
+The format is read by hand (why: :mod:`.criuimages`); four integer fields of one message are needed
+(images/pagemap.proto of CRIU). native/keeper/pagemap.c reads the same for the pager.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from architect.adapters import criuimages
+
 _PAGE: Final = 4096
-_HEADER: Final = 8
-"""Two magic numbers."""
 _PAGES, _FLAGS, _PAGES_LONG = 2, 4, 5
 """Fields of PagemapEntry."""
 _PAGES_ID: Final = 1
@@ -52,33 +51,16 @@ def lazy_extents(images: Path) -> dict[str, list[tuple[int, int]]]:
 
 def _messages(image: bytes) -> Iterator[dict[int, int]]:
     """The integer fields of each message of an image."""
-    place = _HEADER
-    while place < len(image):
-        size = int.from_bytes(image[place : place + 4], "little")
-        place += 4
-        if place + size > len(image):
-            raise ValueError("a pagemap is cut short")
-        yield dict(_fields(image[place : place + size]))
-        place += size
+    for message in criuimages.entries(image):
+        yield dict(_fields(message))
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int]]:
+    # Not those of criuimages: a large program's pagemaps have tens of thousands, all of one kind.
     place = 0
     while place < len(message):
-        key, place = _varint(message, place)
+        key, place = criuimages.varint(message, place)
         if key & 7:
             raise ValueError("a pagemap has a field that is no integer")
-        value, place = _varint(message, place)
+        value, place = criuimages.varint(message, place)
         yield key >> 3, value
-
-
-def _varint(message: bytes, place: int) -> tuple[int, int]:
-    value = shift = 0
-    while place < len(message):
-        byte = message[place]
-        place += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, place
-        shift += 7
-    raise ValueError("a pagemap ends within a number")

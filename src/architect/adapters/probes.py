@@ -172,6 +172,24 @@ def _network_gate() -> Finding:
     )
 
 
+def _shadow_ports() -> Finding:
+    """Translates a port in a scratch network namespace, for each family that the machine has."""
+    from architect.adapters import shadowports
+    from architect.adapters.netfilter import Family, NetfilterError
+    from architect.adapters.netns import NetnsError
+
+    try:
+        missing = shadowports.missing()
+        ways = {family.value: shadowports.backend(family) for family in Family}
+    except (NetfilterError, NetnsError) as error:
+        lost = "containers with `shadow-ports` are refused"
+        return Finding("shadow ports", Verdict.LESS, str(error), lost)
+    found = ", ".join(f"{family} by {way.value}" for family, way in ways.items() if way)
+    if missing:
+        found += f"; IPv6: {missing}"
+    return _finding("shadow ports", not missing, found, "none of IPv6", needed=False)
+
+
 def _runc() -> Finding:
     # As runc-architect looks for it; the link is of a node whose distribution keeps it elsewhere.
     places = f"{paths.LIBEXEC}:/usr/bin:/usr/sbin:/usr/local/bin:/usr/local/sbin"
@@ -213,6 +231,6 @@ def _checkpoint_disk() -> Finding:
 
 
 _PROBES: Final = (
-    _kernel, _root, _criu, _network_gate, _runc, _userfaultfd, _kernel_cache, _cgroups, _limits,
-    _podman, _checkpoint_disk,
+    _kernel, _root, _criu, _network_gate, _shadow_ports, _runc, _userfaultfd, _kernel_cache, _cgroups,
+    _limits, _podman, _checkpoint_disk,
 )  # fmt: skip

@@ -15,7 +15,7 @@ import functools
 import re
 import socket
 from collections.abc import Callable, Collection
-from typing import Final
+from typing import Final, NamedTuple
 
 from architect.adapters import netns
 from architect.adapters.netfilter import (
@@ -184,32 +184,60 @@ def _works(backend: Backend, family: Family) -> str:
         return str(error)
 
 
-@functools.cache
 def backend(family: Family) -> Backend | None:
     """What works on this machine, tried once with a connection; takes some 30 ms.
 
-    None where the machine lacks the family: then there is nothing to be translated.
+    None where the machine lacks the family: then there is nothing to be translated. None, too, for IPv6 where
+    IPv4 can be translated and IPv6 cannot; :func:`missing` says why.
 
     Raises:
         ShadowError: nothing does; the message says what is missing.
     """
+    found = _support(family)
+    if found.why_not and (family is Family.IPV4 or _support(Family.IPV4).backend is None):
+        raise ShadowError(found.why_not)
+    return found.backend
+
+
+def missing() -> str:
+    """Why pods have no IPv6 shadow ports on a machine that has both families; empty if they have some.
+
+    Raises:
+        ShadowError: none can be had at all.
+    """
+    for family in Family:
+        backend(family)
+    return _support(Family.IPV6).why_not
+
+
+class _Support(NamedTuple):
+    """What was found for a family."""
+
+    backend: Backend | None
+    why_not: str
+    """Why there is none; empty, too, on a machine without the family."""
+
+
+@functools.cache
+def _support(family: Family) -> _Support:
     with netns.scratch():
         listener = _listener(family)
     if listener is None:
-        return None
+        return _Support(None, "")
     listener.close()
     return _first(lambda each: _works(each, family))
 
 
-def _first(why_not: Callable[[Backend], str]) -> Backend:
+def _first(why_not: Callable[[Backend], str]) -> _Support:
     reasons = {}
     for each in Backend:
         why = why_not(each)
         if not why:
-            return each
+            return _Support(each, "")
         reasons[each] = why
     causes = "; ".join(f"{each.value}: {why}" for each, why in reasons.items())
-    raise ShadowError(
+    return _Support(
+        None,
         f"no way to translate ports ({causes}); install nftables or iptables and enable CONFIG_NF_NAT "
-        "with CONFIG_NFT_NAT, or CONFIG_NETFILTER_XT_NAT"
+        "with CONFIG_NFT_NAT, or CONFIG_NETFILTER_XT_NAT",
     )

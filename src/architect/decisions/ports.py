@@ -21,9 +21,10 @@ class Use(enum.IntEnum):
     ACTIVITY = 0
     """Its packets count, and wait while the container is to be woken by them."""
     IGNORED = 1
-    """They do not count, and are dropped unless the gate is open."""
+    """They do not count; they wait while a transition runs, and are dropped while the program is absent."""
     SHADOW = 2
-    """As IGNORED, but an opening SYN passes once the program is absent: it is refused."""
+    """They do not count, and are dropped unless the gate is open; but an opening SYN passes once the program
+    is absent: it is refused."""
 
 
 class Port(NamedTuple):
@@ -49,8 +50,8 @@ def at_gate(
 ) -> list[Port]:
     """The ports of a container, each once.
 
-    ``quiet`` ones were declared by nobody: their traffic does not count, and while the gate is shut it is
-    dropped, or the kernel would reset the connections that the sleeper has open.
+    ``quiet`` ones were declared by nobody: their traffic does not count, but while the gate is shut it must
+    not pass, or the kernel would reset the connections that the sleeper has open.
     """
     uses: dict[tuple[str, int], Use] = dict.fromkeys(quiet, Use.IGNORED)
     for protocol, number in declared:

@@ -49,8 +49,9 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
     answer = admission.decide(spec, podman.container_name(monitor), os.uname().machine)
     if isinstance(answer, admission.Unmanaged):
         return Answer(None, answer.warnings)
+    warnings = answer.warnings
     if answer.container.shadow_ports:
-        _require_translation(answer.identity)
+        warnings += _check_translation(answer.identity)
     rootfs = Path(bundle) / oci.root_path(spec)
     annotations = oci.annotations(spec)
     ours = {key: value for key, value in annotations.items() if key in USER_ANNOTATIONS}
@@ -86,18 +87,20 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
             why=str(error),
             fix=f"see to it that {paths.RUN} and the bundle can be written",
         ) from error
-    return Answer(record, answer.warnings)
+    return Answer(record, warnings)
 
 
-def _require_translation(identity: naming.Identity) -> None:
+def _check_translation(identity: naming.Identity) -> tuple[str, ...]:
+    """Warnings of one that is to have shadow ports."""
     try:
-        shadowports.backend(netfilter.Family.IPV4)
+        missing = shadowports.missing()
     except (netfilter.NetfilterError, netns.NetnsError) as error:
         raise ContainerRefused(
             f"container {identity} cannot have shadow ports",
             str(error),
             f"or take annotation {SHADOW_PORTS} away",
         ) from error
+    return (f"{identity}: its shadow ports are of IPv4 only: {missing}",) if missing else ()
 
 
 def _read(config: Path) -> dict[str, Any]:

@@ -1,16 +1,18 @@
 """Shadow ports: they reach the program, count nothing, and are silent or refused while it sleeps."""
 
 import errno
+import functools
 import os
 import re
 import socket
 import threading
 import time
+from collections.abc import Collection
 
 import pytest
 
 from architect.adapters import listeners, netfilter, netns, shadowports
-from architect.adapters.gate import Activity, Gate, Mode
+from architect.adapters.gate import Activity, Gate, GateError, Mode
 from architect.adapters.netfilter import Backend, Family
 from architect.decisions.ports import Port, Shadow, Use
 from tests.engine.gate.podnet import (
@@ -333,8 +335,9 @@ def test_rules_of_an_earlier_daemon_go_too(
 
 
 def test_machine_that_cannot_translate_is_told() -> None:
-    with pytest.raises(shadowports.ShadowError, match=r"nft: no, no; .*install nftables"):
-        shadowports._first(lambda backend: "no, no")
+    found = shadowports._first(lambda backend: "no, no")
+    assert found.backend is None
+    assert re.search(r"nft: no, no; .*install nftables", found.why_not)
 
 
 def test_machine_without_ipv6_needs_no_tool_for_it(
@@ -351,13 +354,68 @@ def test_machine_without_ipv6_needs_no_tool_for_it(
     monkeypatch.setattr(socket, "create_server", without)
     missing = ("nft", "ip6tables-nft", "ip6tables-legacy")
     monkeypatch.setattr(netfilter, "_find", lambda name: None if name in missing else find(name))
-    monkeypatch.setattr(shadowports, "backend", shadowports.backend.__wrapped__)
+    tried_anew(monkeypatch)
     gate.set_ports(0, [Port("tcp", PORT), *_udp({SHADOW: Use.SHADOW})])
     for _ in range(2):
         assert gate.keep_shadows(SHADOWS) == []
     reaches(network, socket.AF_INET, "veth", SHADOW)
+    assert shadowports.missing() == ""
     assert gate.keep_shadows([]) == []
     assert not ours(network)
+
+
+def tried_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What works is found out once more, and for this test alone."""
+    fresh = functools.cache(shadowports._support.__wrapped__)
+    monkeypatch.setattr(shadowports, "_support", fresh)
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Backend, Family]]:
+    """A kernel without CONFIG_NF_NAT for IPv6: nft refuses the chain, ip6tables has no table; all tries."""
+    put, tries = shadowports.put, list[tuple[Backend, Family]]()
+
+    def put_if_possible(backend: Backend, family: Family, shadows: Collection[Shadow]) -> None:
+        if family is Family.IPV6:
+            tries.append((backend, family))
+            raise netfilter.NetfilterError(f"{backend.value} failed with status 1: no such table")
+        put(backend, family, shadows)
+
+    monkeypatch.setattr(shadowports, "put", put_if_possible)
+    tried_anew(monkeypatch)
+    return tries
+
+
+def test_machine_with_ipv6_that_cannot_translate_it_has_shadow_ports_of_ipv4(
+    network: Network, gate: Gate, refused: list[tuple[Backend, Family]]
+) -> None:
+    uses = {PORT: Use.ACTIVITY, SHADOW: Use.SHADOW}
+    gate.set_ports(0, [*(Port("tcp", port, use) for port, use in uses.items()), *_udp(uses)])
+    for _ in range(3):
+        assert gate.keep_shadows(SHADOWS) == []
+    assert refused == [(backend, Family.IPV6) for backend in Backend], "once each, not every time"
+    reaches(network, socket.AF_INET, "veth", SHADOW)
+    newcomer = network.caller(socket.AF_INET6, socket.SOCK_STREAM, "veth", SHADOW)
+    until(lambda: failure(newcomer) == errno.ECONNREFUSED, "the refusal")
+    chosen = shadowports.backend(Family.IPV4)
+    assert chosen is not None
+    flush(network, chosen, Family.IPV4)
+    assert gate.keep_shadows(SHADOWS) == ["IPv4 shadow ports"]
+    assert "no such table" in shadowports.missing()
+    assert gate.keep_shadows([]) == []
+    assert not ours(network)
+
+
+def test_machine_that_can_translate_neither_has_none(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried_anew(monkeypatch)
+    monkeypatch.setattr(shadowports, "_works", lambda backend, family: "no, no")
+    with pytest.raises(GateError, match="nft: no, no; "):
+        gate.keep_shadows(SHADOWS)
+    for ask in (shadowports.missing, lambda: shadowports.backend(Family.IPV6)):
+        with pytest.raises(shadowports.ShadowError):
+            ask()
 
 
 @families

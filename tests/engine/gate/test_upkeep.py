@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from architect.adapters import bpf, netfilter, netns, nfqueue
+from architect.adapters import bpf, filters, gatemaps, netfilter, netns, nfqueue
 from architect.adapters.gate import RULE, Gate, GateBusyError, GateError, Mode
 from architect.decisions.ports import Port
 from tests.engine.gate.podnet import (
@@ -88,7 +88,7 @@ def test_killed_daemon_drops_and_its_successor_takes_over(network: Network) -> N
 def program_pins(network: Network) -> set[str]:
     """Names of all pins but those of links to interfaces."""
     names = {path.name for path in network.pin_dir.iterdir()}
-    return {name for name in names if not name.startswith("ingress-")}
+    return {name for name in names if not name.startswith(filters.PINS)}
 
 
 def test_new_release_takes_over_with_its_own_program(
@@ -102,8 +102,9 @@ def test_new_release_takes_over_with_its_own_program(
     network.program.write_bytes(original.read_bytes() + b"\0")
     successor = network.open()
     after = program_pins(network)
-    assert len(before) == len(after) == 8
-    assert len(before & after) == 6  # the maps
+    maps = set(gatemaps.NAMES)
+    assert before & after == maps
+    assert len(before - maps) == len(after - maps) == 4  # the programs
     assert successor.mode(0) is Mode.DROP
     network.caller(socket.AF_INET, socket.SOCK_DGRAM, "lo").send(b"x")
     assert successor.activity(0).dropped == 1

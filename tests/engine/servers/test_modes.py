@@ -4,10 +4,12 @@ import contextlib
 import socket
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from architect.adapters import criuimages
 from architect.contract.annotations import IGNORE_ACTIVITY_PORTS
 from tests.engine import support
 from tests.engine.servers.capture import Capture, Flag
@@ -186,6 +188,172 @@ def test_keep_alive_probes_are_packets(shared_lab: Lab, client: Machine, wire: C
     assert connection.ask("hello") == "hello"
 
 
+@contextlib.contextmanager
+def daemon_with(variable: str) -> Iterator[None]:
+    """The daemon has NAME=VALUE in its environment for a while; then it is as it was."""
+    unit = Path("/run/systemd/system/architectd.service.d/test.conf")
+    name, _, value = variable.partition("=")
+    with contextlib.ExitStack() as undoing:
+        undoing.callback(must, "architect", "up")
+        must("architect", "down")
+        if unit.parents[1].is_dir():
+            unit.parent.mkdir(exist_ok=True)
+            undoing.callback(must, "systemctl", "daemon-reload")
+            undoing.callback(unit.unlink)
+            unit.write_text(f"[Service]\nEnvironment={variable}\n")
+            must("systemctl", "daemon-reload")
+        else:
+            patch = undoing.enter_context(pytest.MonkeyPatch.context())
+            patch.setenv(name, value)
+        must("architect", "up")
+        undoing.callback(must, "architect", "down")
+        yield
+
+
+@pytest.fixture
+def answering(footprint: support.Footprint) -> Iterator[None]:
+    """A daemon that has keep-alive probes answered."""
+    with daemon_with("ARCHITECT_ANSWER_KEEP_ALIVE=1"):
+        yield
+
+
+def probe_each_second(connection: Client) -> None:
+    """From now on; two without an answer are one too many."""
+    for option, value in (
+        (socket.TCP_KEEPIDLE, 1),
+        (socket.TCP_KEEPINTVL, 1),
+        (socket.TCP_KEEPCNT, 2),
+    ):
+        connection.socket.setsockopt(socket.IPPROTO_TCP, option, value)
+    connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def failure(connection: Client) -> int:
+    return connection.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
+def sleeps_through_probes(server: Container, connection: Client) -> None:
+    """For longer than the client would wait without an answer."""
+    before = server.hibernations()
+    probe_each_second(connection)
+    stays(server, "SCALED_DOWN", 5)
+    assert server.hibernations() == before
+    assert failure(connection) == 0
+
+
+@pytest.mark.usefixtures("answering")
+def test_answered_keep_alive_probes_do_not_wake(
+    shared_lab: Lab, client: Machine, wire: Capture
+) -> None:
+    """Data wakes as ever, over a published port, too."""
+    server = shared_lab.valkey("answered")
+    with client.inside():
+        connection = support.Valkey.connect(server.address, 6379)
+    published = support.Valkey.connect("127.0.0.1", server.host_port)
+    assert connection.command("INCR", "count") == 1
+    assert published.command("INCR", "count") == 2
+    server.sleep()
+    seen = len(from_server(wire))
+    sleeps_through_probes(server, connection)
+    assert len(from_server(wire)) >= seen + 3
+    sleeps_through_probes(server, published)
+    assert failure(connection) == 0
+    assert connection.command("INCR", "count") == 3
+    assert published.command("INCR", "count") == 4
+    assert server.state() == "RUNNING"
+
+
+@pytest.mark.usefixtures("answering")
+def test_answers_go_on_while_no_daemon_runs(
+    shared_lab: Lab, client: Machine, wire: Capture
+) -> None:
+    server = halves(shared_lab, "unattended")
+    connection = call(client, server)
+    assert connection.ask("hello") == "hello"
+    server.sleep()
+    seen = len(from_server(wire))
+    must("architect", "down")
+    try:
+        probe_each_second(connection)
+        support.wait_until(lambda: len(from_server(wire)) >= seen + 4, "four answers", 8)
+    finally:
+        must("architect", "up")
+    sleeps_through_probes(server, connection)
+    assert connection.ask("hello") == "hello"
+
+
+def test_checkpoint_has_connections_as_their_peers_know_them(
+    shared_lab: Lab, client: Machine, wire: Capture
+) -> None:
+    """Those are asked in the way in which CRIU asks the server's: TCP_REPAIR of <linux/tcp.h>."""
+    server = halves(shared_lab, "read")
+    callers = [call(client, server) for _ in range(3)]
+    for count, caller in enumerate(callers):
+        for _ in range(count + 1):
+            assert caller.ask("hello") == "hello"
+    server.sleep()
+    images = server.checkpoint()
+    assert images is not None
+    found = {one.peer_port: one for one in criuimages.connections(images)}
+    assert len(found) == len(callers)
+    for caller in callers:
+        one = found[caller.socket.getsockname()[1]]
+        assert one.local == bytes(10) + b"\xff\xff" + socket.inet_aton(server.address)
+        assert one.peer == bytes(10) + b"\xff\xff" + socket.inet_aton(client.address)
+        assert one.local_port == PORT
+        assert one.timestamp is not None
+        known = known_to(caller.socket)
+        assert (one.receive_next, one.send_next) == known[:2]
+        assert one.window == known[2]
+    assert callers[0].ask("hello") == "hello"
+
+
+def known_to(client: socket.socket) -> tuple[int, int, int]:
+    """What it sends next, what it awaits, and how much it may send, as that stood in the header."""
+    repair, repair_queue, queue_end, repair_window, no_probe = 19, 20, 21, 29, -1
+    receive_queue, send_queue = 1, 2
+    scales = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[6]
+    ends = {}
+    client.setsockopt(socket.IPPROTO_TCP, repair, 1)
+    for queue in (send_queue, receive_queue):
+        client.setsockopt(socket.IPPROTO_TCP, repair_queue, queue)
+        ends[queue] = client.getsockopt(socket.IPPROTO_TCP, queue_end) & 0xFFFFFFFF
+    window = struct.unpack("=5I", client.getsockopt(socket.IPPROTO_TCP, repair_window, 20))[1]
+    client.setsockopt(socket.IPPROTO_TCP, repair, no_probe)
+    return ends[send_queue], ends[receive_queue], window >> (scales & 0xF)
+
+
+@pytest.mark.parametrize("how", ["by the client", "by the server"])
+@pytest.mark.usefixtures("answering")
+def test_half_closed_connections_are_answered_for(
+    shared_lab: Lab, client: Machine, wire: Capture, how: str
+) -> None:
+    server = halves(shared_lab, "half-answered")
+    connection, other = call(client, server), call(client, server)
+    assert connection.ask("hello") == other.ask("hello") == "hello"
+    if how == "by the client":
+        connection.socket.shutdown(socket.SHUT_WR)
+    else:
+        connection.socket.sendall(b"half\n")
+        with pytest.raises(ConnectionError):
+            connection.line()
+    server.sleep()
+    sleeps_through_probes(server, connection)
+    assert other.ask("hello") == "hello"
+
+
+@pytest.mark.usefixtures("answering")
+def test_answers_are_for_packets_alone(shared_lab: Lab, client: Machine, wire: Capture) -> None:
+    """With "connections" probes of a sleeper's connections wake, so that none of them is lost."""
+    server = halves(shared_lab, "unanswered", monitor="connections")
+    connection = call(client, server)
+    assert connection.ask("hello") == "hello"
+    server.sleep()
+    probe_each_second(connection)
+    server.await_state("RUNNING", 4)
+    assert connection.ask("hello") == "hello"
+
+
 # ---- none -----------------------------------------------------------------------------------------
 
 
@@ -255,8 +423,7 @@ def test_outgoing_traffic_is_no_activity(shared_lab: Lab, client: Machine) -> No
             str(listener.getsockname()[1]),
             port=PORT,
             ready=lambda server: "ready" in server.logs(),
-            # The retransmission of what was not acknowledged in time may take the first second.
-            idle="2s",
+            idle="1s",
         )
         listened = Client(listener.accept()[0])
         listened.socket.settimeout(DEADLINE_S)

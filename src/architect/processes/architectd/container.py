@@ -63,7 +63,9 @@ class ManagedContainer:
         self._hook: criu.DumpHook | None = None
         self._report = Reporter(record, context.events)
         self._limits = Limits(record, context.boosts)
-        self._traffic = Traffic(record, settings, context.gates, self.clock, self._report)
+        self._traffic = Traffic(
+            record, settings, context, self.clock, self._report, self._store.committed
+        )
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiters = Waiters()

@@ -21,6 +21,8 @@ class Context:
     """Written into each checkpoint."""
     defaults: Defaults = DEFAULTS
     """What holds where annotations are silent."""
+    answers_keep_alives: bool = False
+    """TCP's probes are answered for sleepers by the kernel, under network-monitor "packets"."""
     boosts: Boosts = field(default_factory=Boosts)
     """Whose share of the CPU is raised."""
     followers: list[Callable[[str], None]] = field(default_factory=list)

@@ -14,7 +14,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
-from architect.adapters.gate import OWNERS, Activity, Gate, GateError, Mode
+from architect.adapters.bpf import BpfError
+from architect.adapters.criuimages import Connection
+from architect.adapters.gate import Activity, Gate, GateError, Mode
+from architect.adapters.gatemaps import OWNERS
 from architect.adapters.holding import Waiting
 from architect.contract import paths
 from architect.contract.errors import ArchitectError
@@ -25,6 +28,8 @@ _UPKEEP_S: Final = 5.0
 """Seconds between two looks at what others may have taken from a gate; each takes half a millisecond."""
 _HELD_S: Final = 60.0
 """Seconds for which a packet waits at the most: its sender has sent it anew since, or has given up."""
+_ROUNDS: Final = 4
+"""How often what came while the last packets were let go is let go too, before the gate is opened."""
 _WITHDRAW_S: Final = 2.0
 """Seconds after a wake until the rules that queue packets are taken off its packets' way."""
 
@@ -67,8 +72,16 @@ class Place:
 
     def open(self) -> int:
         """Packets pass from now on, those that waited first; returns how many waited."""
-        self._shared.gate.set_mode(self.owner, Mode.OPEN)
-        released = self._shared.gate.release(self.owner, accept=True)
+        gate, released = self._shared.gate, 0
+        # They go while the gate still holds: what is sent in answer to the first waits behind the last.
+        for _ in range(_ROUNDS):
+            count = gate.release(self.owner, accept=True)
+            released += count
+            if not count:
+                break
+        gate.set_mode(self.owner, Mode.OPEN)
+        released += gate.release(self.owner, accept=True)
+        self._shared.receive_soon()
         self._shared.withdraw_soon()
         return released
 
@@ -76,11 +89,26 @@ class Place:
         """Packets vanish from now on, those that waited too; never a reset."""
         self._shared.gate.set_mode(self.owner, Mode.DROP)
         self._shared.gate.release(self.owner, accept=False)
+        self._shared.receive_soon()
 
     def absent(self, *, only_opening: bool | None) -> None:
         """The owner's program is gone; ``only_opening``: no TCP segment but a new connection's is held
         (None: as it was)."""
         self._shared.gate.set_absent(self.owner, only_opening=only_opening)
+        self._shared.receive_soon()
+
+    def answer_keep_alives(self, connections: Collection[Connection]) -> int:
+        """While the owner is absent, the kernel answers TCP's probes of exactly these connections.
+
+        Returns how many there was room for.
+
+        Raises:
+            GateError: the kernel refuses.
+        """
+        try:
+            return self._shared.gate.keep_alives.answer_for(self.owner, connections)
+        except BpfError as error:
+            raise GateError(f"keep-alive probes are not answered: {error}") from error
 
     def waiting(self) -> Waiting:
         """What is held for the owner now."""
@@ -96,7 +124,9 @@ class Place:
 
     def repair(self) -> list[str]:
         """Puts back what somebody took away from the gate; says what that was."""
-        return self._shared.gate.repair()
+        repaired = self._shared.gate.repair()
+        self._shared.receive_soon()
+        return repaired
 
     def leave(self) -> None:
         """Gives the place up; the last one takes the gate away."""
@@ -120,7 +150,8 @@ class _Shared:
         self._loop = asyncio.get_running_loop()
         self.tell: dict[int, Callable[[str], None]] = {}
         self._shadows: dict[int, tuple[Shadow, ...]] = {}
-        self._trouble = ""
+        self._troubles: dict[str, str] = {}
+        """What the owners were told last, by what it is about; empty: it is over."""
         self._look_in(rest.LOOK_S)
         self._upkeep_in(_UPKEEP_S)
         asyncio.get_running_loop().add_reader(gate.fileno(), self._arrived)
@@ -130,6 +161,14 @@ class _Shared:
         for owner, wanted in list(self.wanted.items()):
             if mask >> owner & 1:
                 wanted()
+
+    def receive_soon(self) -> None:
+        """The gate has read its queue, perhaps packets of others too: they are told, but not from within."""
+        self._loop.call_soon(self._receive)
+
+    def _receive(self) -> None:
+        with contextlib.suppress(GateError, OSError):
+            self._arrived()
 
     def withdraw_soon(self) -> None:
         """Somebody has opened: the rules go, unless somebody holds again by then."""
@@ -191,10 +230,11 @@ class _Shared:
         try:
             repaired = self.gate.repair()
             self.gate.expire(_HELD_S)
+            self._arrived()
         except (GateError, OSError) as error:
-            self._tell_once(f"its gate cannot be looked after: {error}")
+            self._tell_of("gate", f"its gate cannot be looked after: {error}")
         else:
-            self._trouble = ""
+            self._tell_of("gate", "")
             if repaired:
                 self._tell_all(f"put back what was taken from its gate: {', '.join(repaired)}")
         if any(self._shadows.values()):
@@ -204,10 +244,11 @@ class _Shared:
         for tell in list(self.tell.values()):
             tell(message)
 
-    def _tell_once(self, message: str) -> None:
-        if message != self._trouble:
-            self._trouble = message
-            self._tell_all(message)
+    def _tell_of(self, what: str, trouble: str) -> None:
+        if trouble != self._troubles.get(what, ""):
+            self._troubles[what] = trouble
+            if trouble:
+                self._tell_all(trouble)
 
     def set_shadows(self, owner: int, shadows: Collection[Shadow]) -> None:
         """The owner has these shadow ports now."""
@@ -222,8 +263,10 @@ class _Shared:
         try:
             repaired = self.gate.keep_shadows(shadows)
         except (GateError, OSError) as error:
-            self._loop.call_soon_threadsafe(self._tell_once, f"it has no shadow ports: {error}")
+            trouble = f"it has no shadow ports: {error}"
+            self._loop.call_soon_threadsafe(self._tell_of, "shadows", trouble)
         else:
+            self._loop.call_soon_threadsafe(self._tell_of, "shadows", "")
             if repaired:
                 message = f"put back what was taken from its gate: {', '.join(repaired)}"
                 self._loop.call_soon_threadsafe(self._tell_all, message)
@@ -236,6 +279,7 @@ class _Shared:
         self.scaledown_s.pop(owner, None)
         with contextlib.suppress(GateError, OSError):
             self.gate.drop_owner(owner)
+            self.receive_soon()
         if not self.wanted:
             self._gates.forget(self)
 

@@ -29,6 +29,8 @@ from architect.processes.architectd.gates import Gates
 from architect.processes.architectd.registry import Registry
 from architect.processes.architectd.server import Server
 
+_ANSWER_KEEP_ALIVE: Final = "ARCHITECT_ANSWER_KEEP_ALIVE"
+"""For a lone machine, where nothing gives the daemon options."""
 _TRIM_S: Final = 60.0
 """Seconds between two times that unused memory is given back."""
 
@@ -40,7 +42,8 @@ def _duration(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _arguments(words: list[str]) -> argparse.Namespace:
+def options(words: list[str]) -> argparse.Namespace:
+    """Reads the command line; exit status 2 for a wrong one."""
     parser = argparse.ArgumentParser(prog="architectd", description=__doc__)
     parser.add_argument(
         "--kubernetes",
@@ -61,6 +64,13 @@ def _arguments(words: list[str]) -> argparse.Namespace:
         choices=[one.value for one in Monitor],
         default=DEFAULTS.monitor.value,
         help="network-monitor of containers whose pod does not say (default none)",
+    )
+    parser.add_argument(
+        "--answer-keep-alive",
+        action="store_true",
+        default=os.environ.get(_ANSWER_KEEP_ALIVE, "") == "1",
+        help="TCP keep-alive probes to sleepers are answered and do not wake "
+        f"(network-monitor packets; default off, on with {_ANSWER_KEEP_ALIVE}=1 in the environment)",
     )
     parser.add_argument(
         "--distro",
@@ -89,7 +99,9 @@ async def serve(given: argparse.Namespace) -> None:
         scaledown_ns=given.default_scaledown_duration,
         monitor=Monitor(given.default_network_monitor),
     )
-    context = Context(Gates(), EventLog(paths.EVENTS), hot.criu_version(), defaults)
+    context = Context(
+        Gates(), EventLog(paths.EVENTS), hot.criu_version(), defaults, given.answer_keep_alive
+    )
     registry = Registry(context)
     side = None
     if given.kubernetes is not None:
@@ -119,7 +131,7 @@ async def serve(given: argparse.Namespace) -> None:
 
 def main() -> None:
     """Program; exit status 1 with one line on stderr if another daemon runs or the machine is unfit."""
-    given = _arguments(sys.argv[1:])
+    given = options(sys.argv[1:])
     heap.share_one()
     paths.STATE.mkdir(parents=True, mode=0o755, exist_ok=True)
     paths.CHECKPOINTS.mkdir(exist_ok=True)

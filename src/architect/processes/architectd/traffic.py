@@ -6,27 +6,24 @@ Called by :class:`.container.ManagedContainer` as the table of its life says.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from architect.adapters import healthproxy, netns
+from architect.adapters import criuimages
 from architect.adapters.cgroup import Cgroup
 from architect.adapters.gate import GateError
-from architect.contract import paths
-from architect.contract.annotations import ContainerSettings, Monitor, PortMapping
+from architect.contract.annotations import ContainerSettings, Monitor
 from architect.contract.errors import ArchitectError
 from architect.contract.records import ContainerRecord
 from architect.decisions import ports
 from architect.processes.architectd import subject as subjects
 from architect.processes.architectd.clock import IdleClock
-from architect.processes.architectd.gates import Gates
+from architect.processes.architectd.context import Context
+from architect.processes.architectd.proxy import Proxy
 from architect.processes.architectd.reporter import Reporter
 
 _ENGINE_RETRY_S: Final = 0.5
-_PROXY_S: Final = 1.0
-"""Seconds after which a process that cannot do its work has said so."""
 _LONGEST_RETRY_S: Final = 10.0
 """Seconds until an engine that gave no answer is asked again: at first, doubled each time, at most."""
 
@@ -38,15 +35,21 @@ class Traffic:
         self,
         record: ContainerRecord,
         settings: ContainerSettings,
-        gates: Gates,
+        context: Context,
         clock: IdleClock,
         report: Reporter,
+        checkpoint: Callable[[], Path | None],
     ) -> None:
+        """``checkpoint`` tells where the images of the program are while it is not there."""
         self._record = record
         self._settings = settings
-        self._gates = gates
+        self._gates = context.gates
+        self._answers = context.answers_keep_alives
+        self._checkpoint = checkpoint
+        self._reading: asyncio.Task[None] | None = None
         self._clock = clock
         self._report = report
+        self._proxy = Proxy(record, self._warn)
         self._unconnected: bool | None = None
         """Under network-monitor "connections": it has none, so nothing but a new one may wake it. None: an
         earlier daemon has told the gate."""
@@ -68,35 +71,15 @@ class Traffic:
             return
         self._record.owner = self._clock.place.owner
         self.set_ports()
-        self._answer_probes(self._settings.health_ports)
+        self._proxy.serve(self._settings.health_ports)
 
     def _warn(self, message: str) -> None:
         self._report.event("Warning", f"{self._report.name}: {message}")
 
-    def _answer_probes(self, mappings: Collection[PortMapping]) -> None:
-        """Has a process answer them; in a cluster it is the pod's own, a sidecar."""
-        record = self._record
-        if record.pod_uid or not (mappings or record.proxy):
-            return
-        log = paths.CONTAINERS / record.id / "health-check-proxy.log"
-        try:
-            record.proxy = healthproxy.ensure(
-                record.proxy, Path(f"/proc/{record.keeper}/ns/net"), mappings, log
-            )
-        except (OSError, netns.NetnsError) as error:
-            self._warn(f"nobody answers its probes: {error}")
-            return
-        if record.proxy:
-            asyncio.get_running_loop().call_later(_PROXY_S, self._look_at_proxy, log)
-
-    def _look_at_proxy(self, log: Path) -> None:
-        if self._record.proxy and not healthproxy.is_there(self._record.proxy):
-            with contextlib.suppress(OSError):
-                self._warn(f"nobody answers its probes: {log.read_text().strip()}")
-
     def leave(self) -> None:
         """Gives the place up: packets pass unseen."""
-        self._answer_probes(())
+        self._stop_reading()
+        self._proxy.serve(())
         if self._clock.place is not None:
             self._clock.place.leave()
             self._clock.place = None
@@ -110,7 +93,7 @@ class Traffic:
         self._settings = settings
         if self._clock.place is not None:
             self._clock.place.set_scaledown(settings.scaledown_ns / 1e9)
-            self._answer_probes(settings.health_ports)
+            self._proxy.serve(settings.health_ports)
         self.set_ports()
 
     def set_ports(self) -> None:
@@ -151,6 +134,7 @@ class Traffic:
 
     def open(self) -> None:
         """Packets pass, those that waited first."""
+        self._stop_reading()
         if self._clock.place is not None:
             self._clock.place.open()
 
@@ -163,6 +147,28 @@ class Traffic:
         else:
             self._clock.place.hold()
         self._clock.place.absent(only_opening=self._unconnected)
+        self._stop_reading()
+        self._reading = asyncio.create_task(self._answer_keep_alives())
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    async def _answer_keep_alives(self) -> None:
+        """Has the kernel answer probes of the connections that are in the checkpoint, if that is wanted."""
+        wanted = self._answers and self._settings.monitor is Monitor.PACKETS
+        images = self._checkpoint() if wanted else None
+        try:
+            found = (
+                [] if images is None else await asyncio.to_thread(criuimages.connections, images)
+            )
+            if self._clock.place is not None:
+                answered = self._clock.place.answer_keep_alives(found)
+                if answered < len(found):
+                    self._report.log("keep-alive probes", answered=answered, connections=len(found))
+        except (GateError, OSError, ValueError) as error:
+            self._warn(f"its clients' keep-alive probes wake it: {error}")
 
     async def learn_ports(self, group: Cgroup) -> None:
         """Asks the engine for the declared ports until it answers."""
