@@ -257,8 +257,7 @@ def test_successor_for_other_mappings_comes_when_the_ports_are_free(
 
 
 def test_in_a_cluster_the_pod_has_its_own(bench: Bench, record: ContainerRecord) -> None:
-    record.pod_uid = "a-uid"
-    Proxy(record, bench.told.append).serve([ONE])
+    Proxy(record, bench.told.append, sidecar=True).serve([ONE])
     assert bench.started == []
 
 

@@ -12,6 +12,7 @@ import pytest
 from architect.adapters.gate import GateError
 from architect.contract.annotations import ContainerSettings, Monitor
 from architect.contract.records import ContainerRecord
+from architect.processes.architectd import traffic
 from architect.processes.architectd.clock import IdleClock
 from architect.processes.architectd.context import Context
 from architect.processes.architectd.gates import Place
@@ -57,7 +58,9 @@ class Recorder:
 class Bench:
     """Traffic of a container, and what it did."""
 
-    def __init__(self, monitor: Monitor, connections: int = 0) -> None:
+    def __init__(
+        self, monitor: Monitor, connections: int = 0, *, pod_uid: str = "", in_cluster: bool = False
+    ) -> None:
         self.place = Recorder()
         self.told: list[str] = []
         clock = SimpleNamespace(place=cast(Place, self.place), connections=lambda: connections)
@@ -65,8 +68,12 @@ class Bench:
             name="pod/app", event=lambda _, text: self.told.append(text), log=lambda *_, **__: None
         )
         settings = ContainerSettings("app", managed=True, monitor=monitor)
-        record = cast(ContainerRecord, SimpleNamespace(id="x", pod_uid="", ports=[("tcp", 80)]))
-        context = cast(Context, SimpleNamespace(gates=None, answers_keep_alives=False))
+        record = cast(
+            ContainerRecord, SimpleNamespace(id="x", pod_uid=pod_uid, ports=[("tcp", 80)])
+        )
+        context = cast(
+            Context, SimpleNamespace(gates=None, answers_keep_alives=False, in_cluster=in_cluster)
+        )
         self.traffic = Traffic(
             record,
             settings,
@@ -146,3 +153,17 @@ def test_without_a_gate_nothing_is_asked_of_it() -> None:
     bench = Bench(Monitor.PACKETS)
     bench.traffic._clock.place = None
     assert bench.does(*CYCLE) == []
+
+
+@pytest.mark.parametrize(
+    ("pod_uid", "in_cluster", "sidecar"),
+    [("", False, False), ("a-uid", False, False), ("a-uid", True, True), ("", True, False)],
+    ids=["podman", "lone containerd", "cluster", "podman on a cluster's node"],
+)
+def test_who_answers_probes(
+    pod_uid: str, in_cluster: bool, sidecar: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[bool] = []
+    monkeypatch.setattr(traffic, "Proxy", lambda *_, sidecar: made.append(sidecar))
+    Bench(Monitor.PACKETS, pod_uid=pod_uid, in_cluster=in_cluster)
+    assert made == [sidecar]

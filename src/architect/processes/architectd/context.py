@@ -23,6 +23,8 @@ class Context:
     """What holds where annotations are silent."""
     answers_keep_alives: bool = False
     """TCP's probes are answered for sleepers by the kernel, under network-monitor "packets"."""
+    in_cluster: bool = False
+    """The webhook has seen the pods, and given them what it gives."""
     boosts: Boosts = field(default_factory=Boosts)
     """Whose share of the CPU is raised."""
     followers: list[Callable[[str], None]] = field(default_factory=list)

@@ -100,7 +100,12 @@ async def serve(given: argparse.Namespace) -> None:
         monitor=Monitor(given.default_network_monitor),
     )
     context = Context(
-        Gates(), EventLog(paths.EVENTS), hot.criu_version(), defaults, given.answer_keep_alive
+        Gates(),
+        EventLog(paths.EVENTS),
+        hot.criu_version(),
+        defaults,
+        answers_keep_alives=given.answer_keep_alive,
+        in_cluster=given.kubernetes is not None,
     )
     registry = Registry(context)
     side = None

@@ -35,9 +35,12 @@ _TAIL_BYTES: Final = 4096
 class Proxy:
     """One container's process."""
 
-    def __init__(self, record: ContainerRecord, warn: Callable[[str], None]) -> None:
-        """``warn`` is called with what a user should know."""
+    def __init__(
+        self, record: ContainerRecord, warn: Callable[[str], None], *, sidecar: bool = False
+    ) -> None:
+        """``warn`` is called with what a user should know; with a ``sidecar`` there is nothing to do."""
         self._record = record
+        self._sidecar = sidecar
         self._warn = warn
         self._mappings: tuple[PortMapping, ...] = ()
         self._pidfd = -1
@@ -53,7 +56,7 @@ class Proxy:
 
         One that an earlier daemon has started goes on.
         """
-        if self._record.pod_uid:
+        if self._sidecar:
             return
         self._mappings = tuple(mappings)
         self._delay, self._told = _RETRY_S, ""

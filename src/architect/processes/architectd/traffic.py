@@ -49,7 +49,9 @@ class Traffic:
         self._reading: asyncio.Task[None] | None = None
         self._clock = clock
         self._report = report
-        self._proxy = Proxy(record, self._warn)
+        # Without the webhook, as on a lone containerd, a pod has none.
+        sidecar = context.in_cluster and bool(record.pod_uid)
+        self._proxy = Proxy(record, self._warn, sidecar=sidecar)
         self._unconnected: bool | None = None
         """Under network-monitor "connections": it has none, so nothing but a new one may wake it. None: an
         earlier daemon has told the gate."""
