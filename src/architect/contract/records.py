@@ -53,7 +53,7 @@ class ContainerRecord(msgspec.Struct, kw_only=True):
     probes: list[list[str]] = []
     """Commands of its exec probes and healthcheck: no activity, and answered while it sleeps."""
     quiet: list[tuple[str, int]] = []
-    """Its other local ports as of its last dump: packets to them are dropped while it sleeps."""
+    """Its other local ports as of its last dump: packets to them wake nobody."""
     mounts: list[tuple[str, str]] | None = None
     """Mount points in the container and where they are kept on the host; None before the first dump."""
     pipes: dict[str, int] = {}
