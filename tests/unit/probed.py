@@ -149,7 +149,8 @@ class Proxy:
         return accepts(self.port)
 
     def wait_open(self) -> None:
-        wait_until(self.accepts, "the proxy saw that the app accepts")
+        # Twice: at its start it listens for a moment, to see whether it can (native/health-check-proxy/mapping.c).
+        wait_until(lambda: self.accepts() and self.accepts(), "the proxy saw that the app accepts")
 
     def wait_closed(self) -> None:
         wait_until(lambda: not self.accepts(), "the proxy saw that the app accepts no more")
