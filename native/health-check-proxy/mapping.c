@@ -12,6 +12,7 @@
 #include "mapping.h"
 
 #include <errno.h>
+#include <linux/filter.h>
 #include <netinet/in.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -68,6 +69,20 @@ static void tell_failing(struct mapping *mapping)
 		     !mapping->seen || !mapping->open || mapping->failed);
 }
 
+/* A port that another one is bound to, but does not listen on, is seen to be taken only by listening. A SYN
+ * that comes in that moment is dropped, so that it is sent again, and not taken for an app that accepts. */
+static void try_port(const struct mapping *mapping)
+{
+	struct sock_filter nothing = BPF_STMT(BPF_RET | BPF_K, 0);
+	struct sock_fprog filter = { .len = 1, .filter = &nothing };
+	int listener = mapping->listener, off = 0;
+
+	setsockopt(listener, SOL_SOCKET, SO_ATTACH_FILTER, &filter, sizeof filter);
+	if (listen(listener, BACKLOG) || shutdown(listener, SHUT_RD))
+		fail_port(mapping);
+	setsockopt(listener, SOL_SOCKET, SO_DETACH_FILTER, &off, sizeof off);
+}
+
 void mapping_begin(struct mapping *mapping)
 {
 	mapping->failing = -1;
@@ -76,9 +91,7 @@ void mapping_begin(struct mapping *mapping)
 	mapping->listener = bound_socket(mapping->shadow_port);
 	if (mapping->listener < 0)
 		fail_port(mapping);
-	/* A port that another one is bound to, but does not listen on, is seen to be taken only here. */
-	if (listen(mapping->listener, BACKLOG) || shutdown(mapping->listener, SHUT_RD))
-		fail_port(mapping);
+	try_port(mapping);
 	tell_failing(mapping);
 }
 

@@ -149,8 +149,7 @@ class Proxy:
         return accepts(self.port)
 
     def wait_open(self) -> None:
-        # Twice: at its start it listens for a moment, to see whether it can (native/health-check-proxy/mapping.c).
-        wait_until(lambda: self.accepts() and self.accepts(), "the proxy saw that the app accepts")
+        wait_until(self.accepts, "the proxy saw that the app accepts")
 
     def wait_closed(self) -> None:
         wait_until(lambda: not self.accepts(), "the proxy saw that the app accepts no more")
