@@ -7,7 +7,9 @@ import json
 import signal
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
@@ -405,7 +407,7 @@ def test_many_short_lives(lab: Lab) -> None:
 class Pod:
     """A pod of ``kube play`` with two containers of SUBJECT, ``one`` and ``two``."""
 
-    def __init__(self, lab: Lab, managed: list[str]) -> None:
+    def __init__(self, lab: Lab, managed: list[str], program: str = SUBJECT) -> None:
         self.name = unique("pod")
         self.ports = {"one": free_port(), "two": free_port()}
         self.lab = lab
@@ -430,7 +432,7 @@ class Pod:
                     {
                         "name": name,
                         "image": TEST_IMAGE,
-                        "command": ["python3", "-c", SUBJECT.strip()],
+                        "command": ["python3", "-c", program.strip()],
                         "env": [{"name": "SUBJECT_PORT", "value": str(7000 + number)}],
                         "ports": [{"containerPort": 7000 + number, "hostPort": self.ports[name]}],
                     }
@@ -489,6 +491,34 @@ def test_pod_with_one_managed_container(pod: Callable[[list[str]], Pod]) -> None
     one.sleep()
     podman("pod", "rm", "-f", "-t", "2", made.name)
     assert one.state() == "UNMANAGED"
+
+
+def learned_ports(container: Container) -> Any:
+    """What the daemon has noted; null until the engine has answered."""
+    record = Path(f"/run/architect/containers/{container.id}/meta.json")
+    return json.loads(record.read_text())["ports"]
+
+
+LATE: Final = """
+import os, time
+while not os.path.exists("/listen"):
+    time.sleep(0.02)
+"""
+
+
+def test_ports_of_containers_that_listen_late(lab: Lab) -> None:
+    """Podman knows a pod's ports, not whose they are, and nobody listens yet when it is asked."""
+    made = Pod(lab, ["one", "two"], LATE + SUBJECT)
+    for container in made.containers.values():
+        ports = wait_until(partial(learned_ports, container), "its ports to be known")
+        assert {number for _, number in ports} == {7000, 7001}
+    for name in made.containers:
+        podman("exec", f"{made.name}-{name}", "touch", "/listen")
+    clients = {name: made.ready(name) for name in made.ports}
+    hibernate(made.name)
+    assert int(clients["one"].ask("count"))
+    assert made.containers["two"].state() == "SCALED_DOWN"
+    assert int(clients["two"].ask("count"))
 
 
 def test_pod_with_two_managed_containers(pod: Callable[[list[str]], Pod]) -> None:

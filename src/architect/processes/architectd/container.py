@@ -426,7 +426,7 @@ class ManagedContainer:
             self._retire()
             self.record.quiet = []
             self.record.quiet = await subjects.other_ports(self.record, self.clock.cgroup)
-            self._traffic.set_ports()
+            await self._traffic.settle_ports(self.clock.cgroup)
             subject = await subjects.prepare(
                 self.record, self._run, self.clock.init, self.clock.cgroup
             )

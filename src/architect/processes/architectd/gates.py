@@ -54,6 +54,13 @@ class Place:
         self._shared.gate.set_ports(self.owner, ports)
         self._shared.set_shadows(self.owner, shadows)
 
+    def listens_on(self, ports: set[tuple[str, int]]) -> set[tuple[str, int]]:
+        """The owner has been seen to listen on these; returns those on which another was seen to."""
+        listened = self._shared.listened
+        listened[self.owner] = ports
+        others = [each for owner, each in listened.items() if owner != self.owner]
+        return set[tuple[str, int]]().union(*others)
+
     def hold(self) -> None:
         """Packets wait from now on."""
         self._shared.gate.set_mode(self.owner, Mode.HOLD)
@@ -145,6 +152,7 @@ class _Shared:
         self._look: asyncio.TimerHandle | None = None
         self._upkeep: asyncio.TimerHandle | None = None
         self.scaledown_s: dict[int, float] = {}
+        self.listened: dict[int, set[tuple[str, int]]] = {}
         self._packets: dict[int, int] = {}
         self._counted = 0.0
         self._loop = asyncio.get_running_loop()
@@ -277,6 +285,7 @@ class _Shared:
         self.tell.pop(owner, None)
         self.set_shadows(owner, ())
         self.scaledown_s.pop(owner, None)
+        self.listened.pop(owner, None)
         with contextlib.suppress(GateError, OSError):
             self.gate.drop_owner(owner)
             self.receive_soon()

@@ -92,11 +92,24 @@ async def declared_ports(record: ContainerRecord, group: Cgroup) -> list[tuple[s
         )
     ports, healthcheck = await podman.declared(record.engine, record.id)
     record.probes = probes.healthcheck(healthcheck)
-    if record.pod == record.container:
+    if not shares_ports(record):
         return ports
+    own, others = listened(record, group)
+    return [port for port in ports if port in own or port not in others]
+
+
+def shares_ports(record: ContainerRecord) -> bool:
+    """Whether the engine told the ports of its whole pod."""
+    return bool(record.engine) and record.pod != record.container
+
+
+def listened(
+    record: ContainerRecord, group: Cgroup
+) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+    """Declared ports on which the container listens now, and all on which only others of its pod do."""
     own = listeners.listening(record.keeper, group.processes())
-    every = listeners.listening(record.keeper)
-    return [port for port in ports if port in own or port not in every]
+    others = listeners.listening(record.keeper) - own
+    return own & set(record.ports or own), others
 
 
 async def is_healthy(record: ContainerRecord) -> bool:

@@ -196,6 +196,20 @@ class Traffic:
             self.leave()
         self.warn_of_no_ports()
 
+    async def settle_ports(self, group: Cgroup) -> None:
+        """Gives up ports on which another container of the pod listens, which may not have done so yet
+        when the engine was asked.
+
+        Raises:
+            GateError: the kernel refuses.
+        """
+        record, place = self._record, self._clock.place
+        if place is not None and record.ports and subjects.shares_ports(record):
+            own, others = await asyncio.to_thread(subjects.listened, record, group)
+            others |= place.listens_on(own)
+            record.ports = [port for port in record.ports if port in own or port not in others]
+        self.set_ports()
+
     def warn_of_no_ports(self) -> None:
         """Says so if traffic is to wake a container that has no ports for it."""
         if not self._record.ports and self._settings.monitor is not Monitor.NONE:
