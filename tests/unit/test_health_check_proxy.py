@@ -128,6 +128,7 @@ def test_what_fails_says_so_by_a_name(program: Path) -> None:
         for status, failing in ((200, False), (503, True), (302, False), (404, True), (200, False)):
             health.status = status
             assert proxy.get("/").status == status
+            proxy.wait_idle()  # the answer is out before what it says of the app is noted
             assert proxy.is_failing() == failing
 
 
