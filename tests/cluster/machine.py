@@ -28,6 +28,9 @@ _MARK: Final = "ARCHITECT_TEST_CLUSTER"
 _LOCK: Final = "\0architect-test-cluster"
 _BUSY_S: Final = 2.0
 _ENDED_S: Final = 20.0
+_STATE: Final = 0
+_ENV_START: Final = 47
+"""Fields of /proc/PID/stat after the program's name, which are fields 3 and 50 of it."""
 _SYSCTLS: Final = (
     "kernel/keys/root_maxbytes",
     "kernel/keys/root_maxkeys",
@@ -171,14 +174,39 @@ def homes() -> list[str]:
 
 
 def end_marked(home: Path) -> None:
-    """End all processes with the cluster's mark, and wait until they are gone."""
+    """End all processes with the cluster's mark, and wait until they are gone.
+
+    One that is just being made may have no mark yet: it is asked again until no process came, went,
+    or was between two programs while the marks were read.
+    """
 
     def ended() -> bool:
+        before = _pids()
         left = marked(home)
         end(left)
-        return not left
+        if left or any(map(_between_programs, before)):
+            return False
+        # One that has come to its new program since has its mark now.
+        return not marked(home) and before == _pids()
 
     until("the cluster's processes to end", ended, _ENDED_S)
+
+
+def _pids() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()}
+
+
+def _between_programs(pid: int) -> bool:
+    """Whether a process is amid execve(2): its new memory has no environment yet.
+
+    Without one for good are threads of the kernel and zombies, which have no program; a program
+    that was given an empty environment has an address of it (proc_pid_stat(5), `env_start`).
+    """
+    with suppress(OSError):
+        os.readlink(f"/proc/{pid}/exe")
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return after_name[_STATE] not in "ZX" and after_name[_ENV_START] == "0"
+    return False
 
 
 def end(pids: Iterable[int]) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Final
 
@@ -114,3 +115,15 @@ def test_addresses_that_are_taken_are_refused(programs: Programs) -> None:
 def test_one_command_at_a_time_changes_the_cluster() -> None:
     with machine.alone(), pytest.raises(ClusterError, match="another command"):
         Cluster(HOME).down()
+
+
+def test_a_program_that_is_just_being_started_is_ended_too(tmp_path: Path) -> None:
+    """`setsid` forks and is gone; its child has the mark, but not while it changes programs."""
+    for instant in range(60):
+        with subprocess.Popen(
+            ["setsid", "--fork", "sleep", "60"], env=machine.environment(tmp_path)
+        ):
+            threading.Event().wait(instant * 50e-6)
+            machine.end_marked(tmp_path)
+        assert machine.marked(tmp_path) == {}, f"{instant * 50} µs after its start"
+    machine.end_marked(tmp_path)
