@@ -217,12 +217,12 @@ def answering(footprint: support.Footprint) -> Iterator[None]:
         yield
 
 
-def probe_each_second(connection: Client) -> None:
-    """From now on; two without an answer are one too many."""
+def probe_each_second(connection: Client, patience: int = 2) -> None:
+    """From now on; so many without an answer are one too many."""
     for option, value in (
         (socket.TCP_KEEPIDLE, 1),
         (socket.TCP_KEEPINTVL, 1),
-        (socket.TCP_KEEPCNT, 2),
+        (socket.TCP_KEEPCNT, patience),
     ):
         connection.socket.setsockopt(socket.IPPROTO_TCP, option, value)
     connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -349,8 +349,9 @@ def test_answers_are_for_packets_alone(shared_lab: Lab, client: Machine, wire: C
     connection = call(client, server)
     assert connection.ask("hello") == "hello"
     server.sleep()
-    probe_each_second(connection)
-    server.await_state("RUNNING", 4)
+    # A connection that was given up would let it sleep again before anybody has looked.
+    probe_each_second(connection, patience=9)
+    server.await_state("RUNNING", 10)
     assert connection.ask("hello") == "hello"
 
 
