@@ -9,7 +9,18 @@ import subprocess
 import sys
 from typing import Any
 
-from bench import cluster, controlplane, footprint, harness, throughput, tracking, traffic, wakes
+from bench import (
+    cluster,
+    controlplane,
+    footprint,
+    harness,
+    moving,
+    throughput,
+    tracking,
+    traffic,
+    transfer,
+    wakes,
+)
 
 PARTS = {
     "wakes": wakes,
@@ -19,6 +30,8 @@ PARTS = {
     "traffic": traffic,
     "cluster": cluster,
     "controlplane": controlplane,
+    "moving": moving,
+    "transfer": transfer,
 }
 
 

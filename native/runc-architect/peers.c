@@ -112,7 +112,8 @@ int daemon_ask(const struct request *request, char *reply, size_t room)
 	at = put_text(line, at, limit, "root", request->root);
 	at = put_text(line, at, limit, "resources", request->resources);
 	at = put_text(line, at, limit, "process", request->process);
-	at += snprintf(line + at, sizeof line - at, ",\"pid\":%d}\n", request->pid);
+	at += snprintf(line + at, sizeof line - at, ",\"signal\":%d,\"pid\":%d}\n", request->signal,
+		       request->pid);
 	if (send_all(fd, line, at) || receive_line(fd, reply, room)) {
 		close(fd);
 		return -1;

@@ -9,6 +9,7 @@ struct request {
 	const char *bundle, *root; /* create only; NULL otherwise */
 	const char *resources;     /* update: the resources that are asked for, as JSON; NULL otherwise */
 	const char *process;       /* exec: the file that describes the process; NULL otherwise */
+	int signal;                /* stop: its number; else 0 */
 	int pid;                   /* create: the engine's monitor; created: the keeper; else 0 */
 };
 

@@ -29,6 +29,9 @@
 /* A link to the runc of a distribution that keeps it elsewhere; architect-node makes it. */
 #define NODE_RUNC LIBEXEC_DIR "/runc"
 
+/* How long a start waits for a daemon that is away: less than the kubelet does (2 min) for a reply. */
+enum { START_PATIENCE_S = 60 };
+
 static const char *runc_path(void)
 {
 	static const char *const places[] = { NODE_RUNC, "/usr/bin/runc", "/usr/sbin/runc",
@@ -248,6 +251,64 @@ int verb_create(const struct command *command)
 
 /* ---- the other verbs ---------------------------------------------------------------------------- */
 
+/* Whether the container is a pod's, whose node's daemon decides what a start and a stop mean: a checkpoint of
+ * another node may take the place of what would be started, and what is stopped may move instead. */
+static int is_movable(const struct command *command)
+{
+	char path[MESSAGE_MAX + 16];
+
+	snprintf(path, sizeof path, CONTAINERS_DIR "/%s/movable", command->id);
+	return !access(CLUSTER_MARK, F_OK) && !access(path, F_OK);
+}
+
+static long now_s(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec;
+}
+
+/* Asks again while no daemon is there: one that is being replaced is back within seconds. Returns 0, or -1 if
+ * there has been none for patience seconds, or if the container has ended. */
+static int ask_patiently(const struct command *command, const struct request *request, char *reply, int patience)
+{
+	const struct timespec pause = { .tv_nsec = 100 * 1000 * 1000 };
+	long last = now_s();
+	int connection, keeper;
+
+	for (;;) {
+		long asked = now_s();
+
+		connection = daemon_ask(request, reply, MESSAGE_MAX);
+		if (connection >= 0) {
+			close(connection);
+			return 0;
+		}
+		if (now_s() > asked + 1) /* it was there, and died over the question */
+			last = now_s();
+		keeper = keeper_connect(command->id);
+		if (keeper < 0 || now_s() - last >= patience)
+			return -1;
+		close(keeper);
+		nanosleep(&pause, NULL);
+	}
+}
+
+/* What is created in a cluster may be the place of a checkpoint that is on its way. Without the daemon nobody
+ * can tell, and a program that were started anew would take that place: the kubelet tries again instead. */
+static int start_by_daemon(const struct command *command)
+{
+	char reply[MESSAGE_MAX];
+
+	if (ask_patiently(command, &(struct request){ .verb = "start", .id = command->id }, reply, START_PATIENCE_S))
+		return fail(command, "start: architectd is not running, so it is unknown whether a checkpoint is on "
+				     "its way to this container; see that architectd's pod runs on this node");
+	if (!strncmp(reply, "error ", 6))
+		return fail(command, reply + 6);
+	return strcmp(reply, "ok landed") ? -1 : 0;
+}
+
 int verb_start(const struct command *command)
 {
 	int keeper = keeper_connect(command->id), code;
@@ -255,6 +316,11 @@ int verb_start(const struct command *command)
 	if (keeper < 0)
 		become_runc(command);
 	close(keeper);
+	if (is_movable(command)) {
+		code = start_by_daemon(command);
+		if (code >= 0)
+			return code;
+	}
 	code = run_runc(command);
 	if (!code)
 		tell("started", command->id, 0);
@@ -440,6 +506,26 @@ int verb_state(const struct command *command)
 	return 0;
 }
 
+/* A pod's stop signal waits until it is known whether the pod ends or moves. Without the daemon it is left
+ * where the next one finds it. Returns 1 if it is held. */
+static int held_back(const struct command *command, int signal)
+{
+	char reply[MESSAGE_MAX], path[MESSAGE_MAX + 16];
+	struct request request = { .verb = "stop", .id = command->id, .signal = signal };
+	FILE *file;
+
+	if (!is_movable(command))
+		return 0;
+	if (!ask_patiently(command, &request, reply, 0))
+		return !strcmp(reply, "ok held");
+	snprintf(path, sizeof path, CONTAINERS_DIR "/%s/stop", command->id);
+	file = fopen(path, "we");
+	if (!file)
+		return 0;
+	fprintf(file, "%d", signal);
+	return !fclose(file);
+}
+
 int verb_kill(const struct command *command)
 {
 	char reply[MESSAGE_MAX], text[32];
@@ -450,6 +536,8 @@ int verb_kill(const struct command *command)
 		become_runc(command);
 	if (signal < 0)
 		return fail(command, "kill: there is no such signal; give a number or a name such as TERM");
+	if (signal && signal != SIGKILL && held_back(command, signal))
+		return 0;
 	/* Not by runc: the init may be frozen for a dump, and a signal that CRIU did not see is lost. */
 	if (command->all && phase_is(reply, "running"))
 		become_runc(command);

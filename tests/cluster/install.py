@@ -22,6 +22,7 @@ NODE_LABEL: Final = "architect.loopholelabs.io/node=true"
 CRITICAL_LABEL: Final = "architect.loopholelabs.io/critical-node=true"
 WORKLOADS: Final = (
     "daemonset/architectd",
+    "daemonset/architect-router",
     "deployment/architect-manager",
     "deployment/architect-control-plane",
 )

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import pytest
 
+from architect.contract.kubernetes import HOLDING_ADDRESSES
 from tests.cluster.base import ClusterError
 from tests.cluster.cluster import Cluster
 from tests.cluster.helm import CHART, NAMESPACE, RELEASE, Helm, Object, as_list, pod_spec
@@ -114,9 +115,13 @@ class Bearer:
     def patch(self, what: str, change: Object, kind: str = "merge") -> None:
         """A patch of KIND/NAME or KIND/NAME/SUBRESOURCE. Raises ClusterError where it is refused."""
         plural, rest = what.split("/", 1)
-        folder = f"namespaces/{NAMESPACE}/pods" if plural == "pod" else "nodes"
+        folders = {
+            "pod": f"api/v1/namespaces/{NAMESPACE}/pods",
+            "node": "api/v1/nodes",
+            "checkpoint": f"apis/{GROUP}/v1/namespaces/{NAMESPACE}/checkpoints",
+        }
         request = urllib.request.Request(
-            f"{self.server}/api/v1/{folder}/{rest}",
+            f"{self.server}/{folders[plural]}/{rest}",
             method="PATCH",
             data=json.dumps(change).encode(),
             headers={
@@ -194,7 +199,14 @@ def test_what_the_pods_without_rights_ask_for_is_the_least(cluster: Cluster, hel
 
 
 def test_the_policies_expressions_are_sound(cluster: Cluster, nodes: None) -> None:
-    for name in ("architect-pods", "architect-nodes", "architect-host-paths"):
+    policies = (
+        "architect-pods",
+        "architect-nodes",
+        "architect-host-paths",
+        "architect-checkpoints",
+        "architect-placeholders",
+    )
+    for name in policies:
 
         def checked(name: str = name) -> Object:
             status: Object = cluster.get("validatingadmissionpolicy", name).get("status", {})
@@ -292,6 +304,109 @@ def test_architectd_speaks_for_its_own_node(architectd: Bearer) -> None:
         architectd.patch(f"node/{OTHER}/status", status, "strategic-merge")
 
 
+# Checkpoints: whose node has a pod's memory and connections.
+
+ADDRESSES: Final = {"oldAddresses": ["10.0.0.1"], "newAddresses": ["10.0.0.2"]}
+COMMITTED: Final = {"phase": "Committed", "move": ADDRESSES | {"accepting": True}}
+
+
+def checkpoint(name: str, **spec: Any) -> Object:
+    known = {
+        "podName": "web-0",
+        "podUID": "1-2",
+        "nodeName": OURS,
+        "containers": [{"name": "main"}],
+    }
+    return named("Checkpoint", name, f"{GROUP}/v1", spec=known | spec)
+
+
+def left(cluster: Cluster, name: str, source: str, taker: str = "", **status: Any) -> str:
+    """A Checkpoint of a pod of the node ``source``, claimed by one of ``taker`` if that is given."""
+    create(cluster, checkpoint(name, nodeName=source), NAMESPACED)
+    what, words = f"checkpoint/{name}", ("--subresource=status",)
+    available = {"phase": "Available", "endpoint": "10.0.0.9:9443"}
+    patch(cluster, what, {"status": available}, *words)
+    if taker:
+        claim = {"podName": "q", "podUID": "3-4", "nodeName": taker}
+        patch(cluster, what, {"status": {"phase": "Claimed", "claimedBy": claim}}, *words)
+    if status:
+        patch(cluster, what, {"status": status}, *words)
+    return f"{what}/status"
+
+
+def test_architectd_writes_to_the_checkpoints_of_its_node(
+    cluster: Cluster, nodes: None, architectd: Bearer
+) -> None:
+    mine = left(cluster, "leaves", OURS)
+    architectd.patch(mine, {"status": {"endpoint": "10.0.0.8:9443"}})
+    gone = left(cluster, "gone", OURS, OTHER, **COMMITTED)
+    architectd.patch(gone, {"status": {"move": {"accepting": False}}})
+    released = left(cluster, "released", OURS, OTHER)
+    architectd.patch(released, {"status": {"phase": "Available", "claimedBy": None}})
+
+
+def test_architectd_commits_what_its_pod_has_claimed(
+    cluster: Cluster, nodes: None, architectd: Bearer
+) -> None:
+    comes = left(cluster, "comes", OTHER, OURS)
+    architectd.patch(comes, {"status": COMMITTED})
+    architectd.patch(comes, {"status": {"phase": "Restored"}})
+    architectd.patch(comes, {"status": {"move": {"flows": []}}})
+
+
+CLAIM: Final = {"podName": "q", "podUID": "3-4", "nodeName": OURS}
+
+
+@pytest.mark.parametrize(
+    ("source", "taker", "before", "change", "message"),
+    [
+        (OTHER, "", {}, {"endpoint": "10.0.0.8:9443"}, "that no pod of its own has claimed"),
+        (OTHER, "", {}, {"phase": "Claimed", "claimedBy": CLAIM}, "no pod of its own has claimed"),
+        (OURS, "", {}, {"phase": "Claimed", "claimedBy": CLAIM}, "the control plane does"),
+        (OURS, OTHER, {}, COMMITTED, "may not commit a move"),
+        (OURS, OTHER, COMMITTED, {"move": {"flows": ["x"]}}, "may not say where the connections"),
+    ],
+)
+def test_architectd_leaves_other_checkpoints_alone(
+    cluster: Cluster,
+    nodes: None,
+    architectd: Bearer,
+    request: pytest.FixtureRequest,
+    source: str,
+    taker: str,
+    before: Object,
+    change: Object,
+    message: str,
+) -> None:
+    number = request.node.callspec.indices["source"]
+    what = left(cluster, f"stranger-{number}", source, taker, **before)
+    with pytest.raises(ClusterError, match=rf"ValidatingAdmissionPolicy.*{message}"):
+        architectd.patch(what, {"status": change})
+
+
+def endpoints(name: str, manager: str, *addresses: str) -> Object:
+    labels = {"endpointslice.kubernetes.io/managed-by": manager}
+    found = named("EndpointSlice", name, "discovery.k8s.io/v1", labels=labels)
+    listed = [{"addresses": [address]} for address in addresses]
+    family = "IPv6" if ":" in addresses[0] else "IPv4"
+    return found | {"addressType": family, "endpoints": listed, "ports": []}
+
+
+def test_the_control_plane_makes_placeholders_and_no_other_endpoints(cluster: Cluster) -> None:
+    words = (NAMESPACED, f"--as={account('architect-control-plane')}")
+    for family, address in HOLDING_ADDRESSES.items():
+        create(cluster, endpoints(f"held-{family.lower()}", GROUP, address), *words)
+        cluster.kubectl("delete", "endpointslice", f"held-{family.lower()}", *words)
+    with pytest.raises(ClusterError, match="leads to the holding addresses only"):
+        create(cluster, endpoints("evil", GROUP, HOLDING_ADDRESSES["IPv4"], "10.0.0.9"), *words)
+    with pytest.raises(ClusterError, match="of its own"):
+        create(cluster, endpoints("evil", "mine", HOLDING_ADDRESSES["IPv4"]), *words)
+    create(cluster, endpoints("theirs", "mine", "10.0.0.9"), NAMESPACED)
+    with pytest.raises(ClusterError, match="of its own"):
+        cluster.kubectl("delete", "endpointslice", "theirs", *words)
+    cluster.kubectl("delete", "endpointslice", "theirs", NAMESPACED)
+
+
 def test_a_token_of_no_pod_writes_nothing(cluster: Cluster, nodes: None) -> None:
     with pytest.raises(ClusterError, match="token names no node"):
         bearer(cluster, "architectd").patch(
@@ -345,9 +460,34 @@ def each(verbs: str, resources: str, thing: str = "") -> set[Rule]:
 EVENTS: Final = each("create patch", "events")
 NODES: Final = each("list watch", "nodes")
 PODS: Final = each("get list watch patch", "pods") | each("patch", "pods/resize")
+CHECKPOINTS: Final = f"checkpoints.{GROUP}"
+WRITES_OF_CHECKPOINTS: Final = each("update patch", f"checkpoints/status.{GROUP}")
+REQUESTS: Final = "certificatesigningrequests.certificates.k8s.io"
+ANSWERS: Final = (
+    "certificatesigningrequests/approval.certificates.k8s.io"
+    " certificatesigningrequests/status.certificates.k8s.io"
+)
+AUTHORITY: Final = "architect-node-authority"
 EVERYWHERE: Final[dict[str, set[Rule]]] = {
-    "architectd": PODS | NODES | EVENTS | each("patch", "nodes nodes/status"),
-    "architect-control-plane": PODS | NODES | EVENTS,
+    "architectd": PODS
+    | NODES
+    | EVENTS
+    | each("patch", "nodes nodes/status")
+    | each("get", "replicasets.apps statefulsets.apps jobs.batch namespaces")
+    | each("get list watch create delete", CHECKPOINTS)
+    | WRITES_OF_CHECKPOINTS
+    | each("create get delete", REQUESTS),
+    "architect-control-plane": PODS
+    | NODES
+    | EVENTS
+    | each("get list watch delete", CHECKPOINTS)
+    | WRITES_OF_CHECKPOINTS
+    | each("get list watch delete", REQUESTS)
+    | each("update patch", ANSWERS)
+    | each("list watch", "services")
+    | each("list watch create delete", "endpointslices.discovery.k8s.io")
+    | each("approve sign", "signers.certificates.k8s.io", f"{GROUP}/node"),
+    "architect-router": each("list watch", CHECKPOINTS),
     "architect-manager": each("get patch", "pods")
     | each("create", "subjectaccessreviews.authorization.k8s.io")
     | each(
@@ -364,7 +504,10 @@ EVERYWHERE: Final[dict[str, set[Rule]]] = {
 }
 AT_HOME: Final[dict[str, set[Rule]]] = {
     "architect-control-plane": each("create", "leases.coordination.k8s.io")
-    | each("get update", "leases.coordination.k8s.io", "architect-control-plane"),
+    | each("get update", "leases.coordination.k8s.io", "architect-control-plane")
+    | each("create", "secrets configmaps")
+    | each("get update patch", "secrets configmaps", AUTHORITY),
+    "architectd": each("get", "configmaps", AUTHORITY),
     "architect-manager": each("get patch", "secrets", "architect-manager-tls"),
 }
 
@@ -420,16 +563,6 @@ def test_a_wrong_persistent_checkpoint_is_refused(
         create(cluster, persistent("wrong", **spec), NAMESPACED, "--validate=strict")
 
 
-def checkpoint(name: str, **spec: Any) -> Object:
-    known = {
-        "podName": "web-0",
-        "podUID": "1-2",
-        "nodeName": OURS,
-        "containers": [{"name": "main"}],
-    }
-    return named("Checkpoint", name, f"{GROUP}/v1", spec=known | spec)
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -467,11 +600,13 @@ def test_a_checkpoint_goes_to_one_pod(cluster: Cluster) -> None:
         claim("2", "Claimed")
     claim(None, "Available")
     claim("2", "Claimed")
-    claim("2", "Restored")
+    move = {"oldAddresses": ["10.0.1.7"], "newAddresses": ["10.0.2.9"]}
+    for phase in ("Committed", "Restored"):
+        patch(cluster, what, {"status": {"phase": phase, "move": move}}, *words)
     with pytest.raises(ClusterError, match="stays restored"):
         claim("2", "Claimed")
-    header, row = cluster.kubectl("get", "ckpt", NAMESPACED).splitlines()
-    assert header.split() == ["NAME", "POD", "NODE", "PHASE", "CLAIMED-BY", "AGE"]
+    header, row = cluster.kubectl("get", "ckpt", "web-0", NAMESPACED).splitlines()
+    assert header.split() == ["NAME", "POD", "NODE", "PHASE", "CLAIMED-BY", "TO", "AGE", "MESSAGE"]
     assert row.split()[:5] == ["web-0", "web-0", OURS, "Restored", "web-0"]
 
 

@@ -477,22 +477,29 @@ class Lab:
         name: str | None = None,
         idle: str | None = "10m",
         monitor: str | None = "packets",
+        between: Callable[[], None] | None = None,
         **more: object,
     ) -> Container:
         """Start a container that is managed, but for ``runtime="runc"``; its port is published.
 
-        ``annotations`` stand instead of those that ``idle``, ``monitor`` and ``more`` make.
+        ``annotations`` stand instead of those that ``idle``, ``monitor`` and ``more`` make. ``between`` is
+        called when the container exists and its program does not run.
         """
         name = name or unique(stem)
         port = free_port()
         if annotations is None:
             annotations = settings(name, idle=idle, monitor=monitor, **more)
-        words = ["podman", "--runtime", runtime, "run", "-d", "--name", name]
+        words = ["podman", "--runtime", runtime, *(("create",) if between else ("run", "-d"))]
+        words += ["--name", name]
         words += ["-p", f"127.0.0.1:{port}:{program_port}"]
         for key, value in annotations.items():
             words += annotation(key, value)
         self.closing.callback(remove, name)
         identity = must(*words, *options, image, *command).splitlines()[-1]
+        if between:
+            must("podman", "--runtime", runtime, "init", name)
+            between()
+            must("podman", "--runtime", runtime, "start", name)
         self.footprint.add(name)
         return Container(name, identity, port)
 

@@ -156,6 +156,29 @@ def test_container_created_before_the_daemon_is_found(lab: Lab, no_daemon: None)
     assert Client.connect("127.0.0.1", container.host_port).ask("hello")
 
 
+@pytest.fixture
+def unanswered() -> Iterator[Callable[[], None]]:
+    """Until it is called nobody reaches the daemon, which runs and knows of nothing that happens."""
+    aside = paths.DAEMON_SOCKET.with_suffix(".aside")
+    paths.DAEMON_SOCKET.rename(aside)
+
+    def back() -> None:
+        aside.rename(paths.DAEMON_SOCKET)
+
+    yield back
+    if aside.exists():
+        back()
+
+
+def test_container_created_while_the_daemon_looked_elsewhere_is_taken_in(
+    lab: Lab, daemon: str, unanswered: Callable[[], None]
+) -> None:
+    """A daemon that has just looked for containers, and does not answer yet, is not told of a new one."""
+    container = lab.subject("unseen", idle="1s", between=unanswered)
+    container.await_state("SCALED_DOWN")
+    assert Client.connect("127.0.0.1", container.host_port).ask("hello")
+
+
 def test_second_daemon_refuses(daemon: str) -> None:
     pid = daemon_pid()
     done = run("/usr/local/lib/architect/venv/bin/architectd")

@@ -3,7 +3,9 @@
 Debian's containerd with systemd's cgroups is driven through CRI, as a kubelet drives it: first the
 pod of the chart's DaemonSet, which puts architect on the node, then a valkey, which vanishes and
 comes back by all that wakes a container, and whose limits are changed around that; at the end
-architectd takes architect off the node. There is no API server, and no other node.
+architectd takes architect off the node. There is no other node, and of an API server only that it
+answers, and knows of nothing: without an answer architectd starts no container, whose state might
+be on its way.
 
 Ends with status 0 only if every step was seen to hold. Called as ``python3 -m
 tests.guest.node_path`` with the payload on PYTHONPATH; it has the standard library only.
@@ -15,9 +17,12 @@ import base64
 import json
 import os
 import re
+import ssl
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
@@ -362,19 +367,20 @@ def takes_architect(sandbox: Sandbox, image: str) -> None:
 
 
 def runs_architectd(sandbox: Sandbox, image: str) -> Container:
-    """The main container of the DaemonSet; its API server is not there, and may not be waited for."""
+    """The main container of the DaemonSet."""
+    api = knows_nothing()
     account = Path("/root/serviceaccount")
     account.mkdir()
     for name, text in (("token", "nobody's"), ("namespace", "default")):
         (account / name).write_text(text)
     (account / "ca.crt").write_bytes((HERE / "ca.crt").read_bytes())
     place = "/var/run/secrets/kubernetes.io/serviceaccount"
-    nobody = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "1"}
+    nobody = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(api)}
     container = sandbox.container(
         "architectd",
         image={"image": image},
         command=[str(PREFIX / "venv/bin/architect-node"), "run"],
-        args=["--node=guest", "--distro=auto"],
+        args=["--node=guest", "--distro=auto", "--address=127.0.0.1"],
         envs=[{"key": key, "value": value} for key, value in nobody.items()],
         mounts=[{"container_path": place, "host_path": str(account), "readonly": True}],
         linux=_privileged(),
@@ -389,6 +395,39 @@ def runs_architectd(sandbox: Sandbox, image: str) -> Container:
     until(answers, "architectd")
     require(architect("ps") == [], "architectd knows a container already")
     return container
+
+
+class NothingThere(BaseHTTPRequestHandler):
+    """What an API server says of an object that it does not have."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self) -> None:
+        """404, and why."""
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        status = {"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404}
+        body = json.dumps({**status, "message": f"{self.path} not found"}).encode()
+        self.send_response(404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: architectd says what it was not given."""
+
+
+def knows_nothing() -> int:
+    """The port of a server that says so of everything, till this program ends."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NothingThere)
+    server.daemon_threads = True
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(HERE / "ca.crt", HERE / "ca.key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server.server_port
 
 
 def fit() -> None:

@@ -67,8 +67,8 @@ TARGET: Final = BUILD / "guest-payload"
 belongs into that Python's site-packages."""
 
 NODE_TARGET: Final = BUILD / "guest-node-payload"
-"""Where a node's is: :data:`NODE_CARRIED`, the images as NAME.tar, the program ``cri``, and ``ca.crt``,
-any authority's certificate."""
+"""Where a node's is: :data:`NODE_CARRIED`, the images as NAME.tar, the program ``cri``, and ``ca.crt``
+with ``ca.key``, a certificate for 127.0.0.1 that is its own authority."""
 
 PAUSE_TAG: Final = "localhost/guest-pause:1"
 """What node_path.py, which runs where this module cannot be imported, knows as PAUSE."""
@@ -110,7 +110,7 @@ def build_node(target: Path = NODE_TARGET) -> Path:
         helpers = _helpers()
         for name in ("cri", "pause.tar"):
             shutil.copy2(helpers / name, fresh / name)
-        _make_certificate(fresh / "ca.crt")
+        _make_certificate(fresh / "ca.crt", fresh / "ca.key")
     return target
 
 
@@ -154,11 +154,11 @@ def _helpers() -> Path:
     return place
 
 
-def _make_certificate(target: Path) -> None:
-    """A certificate of an authority that nobody has the key of: no server is there to show one."""
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    files = ("-keyout", "/dev/null", "-out", target)
-    run(["openssl", "req", "-x509", *key, "-subj", "/CN=nobody", "-days", "3650", *files])
+def _make_certificate(target: Path, key: Path) -> None:
+    """What node_path.py's API server shows, and what architectd is to trust."""
+    kind = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    whose = ("-subj", "/CN=guest", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "3650")
+    run(["openssl", "req", "-x509", *kind, *whose, "-keyout", key, "-out", target])
 
 
 def _packages(version: str) -> Path:

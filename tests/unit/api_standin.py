@@ -191,6 +191,12 @@ class Standin:
             return 404, _status(404, "NotFound")
         if method == "GET":
             return 200, known[key]
+        if method == "DELETE":
+            uid = json.loads(body or b"{}").get("preconditions", {}).get("uid")
+            if uid not in (None, known[key]["metadata"]["uid"]):
+                return 409, _status(409, "Conflict")
+            await self.drop(plural, parts[1], namespace)
+            return 200, {"kind": "Status"}
         new, old = json.loads(body), known[key]
         wanted = new.get("metadata", {})
         if (

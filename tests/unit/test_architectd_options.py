@@ -2,6 +2,7 @@
 
 import pytest
 
+from architect.contract.moving import OnRestoreFailure
 from architect.processes.architectd import main
 
 VARIABLE = "ARCHITECT_ANSWER_KEEP_ALIVE"
@@ -31,3 +32,26 @@ def test_idle_times_below_a_second_are_refused(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main.options(["--default-scaledown-duration", "999ms"])
     assert "at least 1s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ([], OnRestoreFailure.WAIT),
+        (["--on-restore-failure=wait"], OnRestoreFailure.WAIT),
+        (["--on-restore-failure=fresh"], OnRestoreFailure.FRESH),
+    ],
+)
+def test_what_follows_a_failed_restore(words: list[str], found: OnRestoreFailure) -> None:
+    assert main.options(words).on_restore_failure == found
+
+
+@pytest.mark.parametrize("value", ["", "never", "Wait"])
+def test_another_word_for_what_follows_is_refused(
+    capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main.options([f"--on-restore-failure={value}"])
+    told = capsys.readouterr().err
+    for part in ("--on-restore-failure", repr(value), *OnRestoreFailure):
+        assert part in told

@@ -17,9 +17,11 @@ import pytest
 import yaml  # type: ignore[import-untyped]  # it comes with lightkube, its stubs do not
 
 import architect
+from architect.adapters.kube.resources import EndpointSlice, Service
 from architect.contract import annotations as contract
 from architect.contract import durations, kubernetes
 from architect.contract.errors import InvalidDuration
+from architect.contract.moving import OnRestoreFailure
 from architect.decisions import distros
 
 CHART = Path(__file__).resolve().parents[2] / "charts" / "architect"
@@ -90,6 +92,30 @@ def test_templates_use_the_names_of_the_contract() -> None:
         assert name in text
 
 
+def test_the_policy_of_placeholders_has_the_addresses_that_nodes_drop() -> None:
+    text = (CHART / "templates" / "placeholder-policy.yaml").read_text()
+    assert f"address in {list(kubernetes.HOLDING_ADDRESSES.values())}" in text
+    assert f"== '{kubernetes.GROUP}'" in text
+    assert f'"{kubernetes.SLICE_MANAGER_LABEL}"' in text
+
+
+def test_the_control_plane_may_do_what_placeholders_take() -> None:
+    text = (CHART / "templates" / "control-plane" / "rbac.yaml").read_text()
+    rules = yaml.safe_load(text.split("\nrules:\n")[1].split("\n---")[0])
+    rights = {
+        (group, resource): one["verbs"]
+        for one in rules
+        for group in one["apiGroups"]
+        for resource in one["resources"]
+    }
+    for kind, verbs in (
+        (Service, ["list", "watch"]),
+        (EndpointSlice, ["list", "watch", "create", "delete"]),
+    ):
+        group = kind.api.split("/")[1] if kind.api.startswith("apis/") else ""
+        assert rights[group, kind.plural] == verbs
+
+
 def test_the_schema_has_the_distributions_that_nodes_know() -> None:
     assert SCHEMA["properties"]["kubernetesDistro"]["enum"] == sorted(distros.CHOICES)
     assert VALUES["kubernetesDistro"] == distros.AUTO
@@ -104,6 +130,13 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "",
         *(m.value for m in contract.Monitor if m is not contract.Monitor.NONE),
     ]
+
+
+def test_the_schema_has_what_may_follow_a_failed_restore() -> None:
+    assert SCHEMA["properties"]["onRestoreFailure"]["enum"] == [*OnRestoreFailure]
+    assert VALUES["onRestoreFailure"] == OnRestoreFailure.WAIT
+    template = (CHART / "templates/architectd/daemonset.yaml").read_text()
+    assert "--on-restore-failure={{ .Values.onRestoreFailure }}" in template
 
 
 def test_no_default_names_a_registry() -> None:

@@ -398,7 +398,9 @@ def test_a_conflict_is_decided_anew() -> None:
 
 # -- the lease ----------------------------------------------------------------------------------------
 
-TERMS = Terms(duration_s=2.0, renew_deadline_s=1.5, retry_s=0.05)
+TERMS = Terms(duration_s=6.0, renew_deadline_s=4.0, retry_s=0.05)
+"""Long, because a busy machine may stand still for a second or two: a leader that it keeps from
+renewing for longer than the deadline rightly stops."""
 
 
 class Contender:
@@ -437,8 +439,8 @@ def test_one_of_three_leads_and_the_next_follows_at_once() -> None:
             (name,) = leaders
             lease = await kube.get(Lease, "it", "architect")
             assert (lease.spec.holderIdentity, lease.spec.leaseTransitions or 0) == (name, turn)
-            # It keeps it: longer than the lease lasts without being renewed.
-            end = loop.time() + 1.2 * TERMS.duration_s
+            # It keeps it: once for longer than the lease lasts without being renewed.
+            end = loop.time() + (1.2 * TERMS.duration_s if turn == 0 else 0.5)
             while loop.time() < end:
                 assert leaders == {name}
                 await asyncio.sleep(0.02)
@@ -498,7 +500,7 @@ def test_times_in_the_lease_mean_nothing() -> None:
             begun = loop.time()
             contender = Contender(kube, "a", leaders)
             await until("the leader", lambda leaders=leaders: leaders == {"a"})  # type: ignore[misc]
-            assert 1.0 <= loop.time() - begun < 4.0
+            assert 1.0 <= loop.time() - begun < TERMS.duration_s
             await contender.end()
 
     run(test)

@@ -16,8 +16,16 @@ PROGRAM_IS_GONE = {
     State.SCALED_DOWN,
     State.SCALING_UP,
     State.STRANDED,
+    State.LEFT,
+    State.MIGRATING,
+    State.ARRIVING,
 }
-FROZEN_OR_GONE = PROGRAM_IS_GONE | {State.SCALING_DOWN, State.SECURING, State.CANCELLING}
+FROZEN_OR_GONE = PROGRAM_IS_GONE | {
+    State.SCALING_DOWN,
+    State.SECURING,
+    State.CANCELLING,
+    State.LEAVING,
+}
 
 walks = st.lists(st.sampled_from(HAPPENINGS), max_size=40)
 
@@ -67,7 +75,7 @@ def test_criu_is_told_to_end_the_program_only_after_the_images_are_kept(
         kept = kept or happening is Happening.IMAGES_KEPT
         if Action.CONFIRM in step.actions:
             assert kept
-            assert step.state is State.COMMITTED
+            assert step.state in (State.COMMITTED, State.LEFT)
 
 
 @given(walks)
@@ -92,6 +100,9 @@ def test_every_life_can_get_back_to_running(happenings: list[Happening]) -> None
     ways = [
         Happening.DUMP_FAILED,
         Happening.DUMPED,
+        Happening.STAY_AWAKE,
+        Happening.NOT_COMING,
+        Happening.STARTED,
         Happening.WANTED,
         Happening.RESTORED,
         Happening.FILLED,
@@ -144,7 +155,29 @@ def test_a_failed_restore_keeps_the_checkpoint_and_the_packets() -> None:
 
 def test_every_state_has_a_public_name() -> None:
     shown = {state.shown for state in State}
-    assert shown == {"CREATED", "RUNNING", "SCALING_DOWN", "SCALED_DOWN", "SCALING_UP", "ENDED"}
+    assert shown == {
+        "CREATED",
+        "RUNNING",
+        "SCALING_DOWN",
+        "SCALED_DOWN",
+        "SCALING_UP",
+        "MIGRATING",
+        "ENDED",
+    }
+
+
+@pytest.mark.parametrize("state", [State.LEAVING, State.LEFT, State.MIGRATING, State.ARRIVING])
+def test_nothing_wakes_what_moves(state: State) -> None:
+    """Two nodes must never run it, so only the word of the move brings it back."""
+    for happening in (Happening.WANTED, Happening.IDLE, Happening.RESTORED):
+        assert life.step(state, happening) == life.Step(state)
+
+
+def test_what_was_asleep_arrives_asleep() -> None:
+    state = life.step(State.SCALED_DOWN, Happening.LEAVE).state
+    assert state is State.MIGRATING
+    step = life.step(State.ARRIVING, Happening.LANDED_ASLEEP)
+    assert step == life.Step(State.SCALED_DOWN, (Action.GATE_SLEEP,))
 
 
 def test_the_picture_names_every_state_but_the_end() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from architect.contract import annotations as a
 from architect.contract.annotations import CheckpointName, Defaults, Monitor
-from architect.contract.kubernetes import WAKE_REQUESTED
+from architect.contract.kubernetes import MOVE_REQUESTED, WAKE_REQUESTED
 from architect.decisions import podreview
 from architect.decisions.podreview import (
     CREATE,
@@ -29,6 +29,7 @@ from tests.unit.json_patch import applied
 
 DAEMON = "system:serviceaccount:architect:architectd"
 POLICY = Policy(trusted=frozenset({DAEMON}))
+MOVING = Policy(move_grace_s=600)
 MANAGED = {a.MANAGED_CONTAINERS: '["app"]'}
 STATUS = "status.architect.loopholelabs.io/app"
 RESTARTING = [{"resourceName": "memory", "restartPolicy": "RestartContainer"}]
@@ -311,6 +312,35 @@ def test_a_request_to_wake_is_no_setting() -> None:
     assert create(pod({**MANAGED, WAKE_REQUESTED: "x"})) == UNTOUCHED
 
 
+MOVED = {**MANAGED, MOVE_REQUESTED: "5d3f0a91-77c2-4d5e-9f10-0123456789ab"}
+
+
+def test_a_move_by_hand_is_no_setting() -> None:
+    old, new = pod(MANAGED), pod(MOVED)
+    for one in (old, new):
+        one["metadata"]["uid"] = MOVED[MOVE_REQUESTED]
+    assert update(old, new) == UNTOUCHED
+    assert create(pod(MOVED)) == UNTOUCHED
+    # What took over may be edited.
+    later = pod({**MOVED, a.SCALEDOWN_DURATIONS: '{"app":"5s"}'})
+    assert update(pod(MOVED), later).allowed
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("yes", "is not the UID of a pod"), (MOVED[MOVE_REQUESTED], "is not the UID of this pod")],
+)
+def test_a_move_that_nobody_can_have_meant_is_refused(value: str, words: str) -> None:
+    marked = pod({**MANAGED, MOVE_REQUESTED: value})
+    marked["metadata"]["uid"] = "another"
+    message = refusal(update(pod(MANAGED), marked))
+    assert message.startswith(f"annotation {MOVE_REQUESTED}, value")
+    assert words in message
+    assert "kubectl architect move" in message
+    if value == "yes":
+        assert words in refusal(create(marked))
+
+
 # Another namespace's checkpoint.
 
 
@@ -370,9 +400,11 @@ def workload(template: Json, kind: str = "Deployment", **metadata: Any) -> Json:
 
 def test_daemon_set_without_the_nodes_label_is_warned_of_pods_that_stay_pending() -> None:
     made = workload(pod(MANAGED), "DaemonSet")
-    assert "stay Pending" in warning(review_workload(Request(CREATE, made), POLICY))
+    never, pending = review_workload(Request(CREATE, made), POLICY).warnings
+    assert "never move" in never
+    assert "stay Pending" in pending
     made["spec"]["template"]["spec"]["nodeSelector"] = {"architect.loopholelabs.io/node": "true"}
-    assert review_workload(Request(CREATE, made), POLICY).warnings == ()
+    assert "stay Pending" not in warning(review_workload(Request(CREATE, made), POLICY))
 
 
 @pytest.mark.parametrize("kind", ["Deployment", "CronJob"])
@@ -432,7 +464,8 @@ ANNOTATIONS = st.dictionaries(
 _WORDS = (
     "metadata spec status annotations labels name containers initContainers runtimeClassName tty "
     "restartPolicy volumes hostPath path hostPID hostNetwork ports containerPort protocol template "
-    "jobTemplate resizePolicy resourceName ownerReferences controller containerStatuses kind"
+    "jobTemplate resizePolicy resourceName ownerReferences controller containerStatuses kind "
+    "lifecycle preStop postStart exec httpGet host terminationGracePeriodSeconds volumeMounts emptyDir"
 )
 KEYS = st.sampled_from(_WORDS.split())
 JSON = st.recursive(
@@ -454,6 +487,10 @@ CONTAINERS = st.lists(
                     JSON, st.lists(st.fixed_dictionaries({"resourceName": TEXT}), max_size=2)
                 ),
                 "restartPolicy": TEXT,
+                "lifecycle": st.one_of(
+                    JSON,
+                    st.dictionaries(st.sampled_from(["preStop", "postStart"]), JSON, max_size=2),
+                ),
             },
         ),
     ),
@@ -515,8 +552,9 @@ def test_pods_of_others_are_left_alone(operation: str, new: Json, old: Json) -> 
 
 @given(OURS)
 def test_a_patch_is_needed_once(made: Json) -> None:
-    after = applied(made, complete_pod(Request(CREATE, made), POLICY).patch)
-    assert complete_pod(Request(CREATE, after), POLICY) == UNTOUCHED
+    for policy in (POLICY, MOVING):
+        after = applied(made, complete_pod(Request(CREATE, made), policy).patch)
+        assert complete_pod(Request(CREATE, after), policy) == UNTOUCHED
 
 
 @given(OURS, OURS)

@@ -81,13 +81,14 @@ class Credentials:
         return base64.b64encode(self.authorities.encode()).decode()
 
 
-def _due(certificate: x509.Certificate, now: dt.datetime) -> bool:
+def due(certificate: x509.Certificate, now: dt.datetime) -> bool:
     """Whether two thirds of its life are over, or none of it has begun."""
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     return not begin <= now < begin + (end - begin) * 2 / 3
 
 
-def _key_text(key: ec.EllipticCurvePrivateKey) -> str:
+def key_text(key: ec.EllipticCurvePrivateKey) -> str:
+    """A key as PEM text."""
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -95,11 +96,13 @@ def _key_text(key: ec.EllipticCurvePrivateKey) -> str:
     ).decode()
 
 
-def _text(certificates: Iterable[x509.Certificate]) -> str:
+def as_text(certificates: Iterable[x509.Certificate]) -> str:
+    """Certificates as PEM text."""
     return "".join(c.public_bytes(serialization.Encoding.PEM).decode() for c in certificates)
 
 
-def _key(text: str) -> ec.EllipticCurvePrivateKey | None:
+def read_key(text: str) -> ec.EllipticCurvePrivateKey | None:
+    """The key in PEM text; None if there is none."""
     try:
         key = serialization.load_pem_private_key(text.encode(), None)
     except (ValueError, TypeError):
@@ -107,7 +110,8 @@ def _key(text: str) -> ec.EllipticCurvePrivateKey | None:
     return key if isinstance(key, ec.EllipticCurvePrivateKey) else None
 
 
-def _certificates(text: str) -> list[x509.Certificate]:
+def read_certificates(text: str) -> list[x509.Certificate]:
+    """The certificates in PEM text; none if it is damaged."""
     try:
         return x509.load_pem_x509_certificates(text.encode())
     except ValueError:
@@ -118,14 +122,15 @@ def _name(common: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
 
-def _builder(
-    subject: str, public: ec.EllipticCurvePublicKey, life: dt.timedelta, now: dt.datetime
+def builder(
+    subject: x509.Name, public: ec.EllipticCurvePublicKey, life: dt.timedelta, now: dt.datetime
 ) -> x509.CertificateBuilder:
+    """What all our certificates have: subject, key, serial number and times."""
     # X.509 knows whole seconds.
     begin = (now - CLOCK_SKEW).replace(microsecond=0)
     return (
         x509.CertificateBuilder()
-        .subject_name(_name(subject))
+        .subject_name(subject)
         .public_key(public)
         .serial_number(x509.random_serial_number())
         .not_valid_before(begin)
@@ -134,7 +139,8 @@ def _builder(
     )
 
 
-def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+def key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    """What a key is for: to sign certificates, or for TLS."""
     return x509.KeyUsage(
         digital_signature=not signs_certificates,
         key_cert_sign=signs_certificates,
@@ -148,13 +154,16 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
     )
 
 
-def _new_authority(now: dt.datetime) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+def new_authority(
+    name: str, now: dt.datetime
+) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """A self-signed authority of that common name, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = (
-        _builder(AUTHORITY_NAME, key.public_key(), AUTHORITY_LIFE, now)
-        .issuer_name(_name(AUTHORITY_NAME))
+        builder(_name(name), key.public_key(), AUTHORITY_LIFE, now)
+        .issuer_name(_name(name))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(key_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA256())
     )
     return certificate, key
@@ -169,11 +178,11 @@ def _new_serving(
     key = ec.generate_private_key(ec.SECP256R1())
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
     certificate = (
-        _builder(SERVING_NAME, key.public_key(), SERVING_LIFE, now)
+        builder(_name(SERVING_NAME), key.public_key(), SERVING_LIFE, now)
         .issuer_name(authority.subject)
         .add_extension(issuer, critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(key_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName(_general_names(names)), critical=False)
         .sign(authority_key, hashes.SHA256())
@@ -181,7 +190,8 @@ def _new_serving(
     return certificate, key
 
 
-def _belongs(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> bool:
+def belongs(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> bool:
+    """Whether a certificate is of that key."""
     return certificate.public_key() == key.public_key()
 
 
@@ -218,22 +228,22 @@ def renewed(current: Credentials | None, names: Sequence[str], now: dt.datetime)
     ``names`` are DNS names or IP addresses, ``now`` is aware. Whatever is due, damaged or for other
     names is made anew, and nothing else.
     """
-    authorities = _certificates(current.authorities) if current else []
-    authority_key = _key(current.authority_key) if current else None
-    key = _key(current.key) if current else None
-    chain = _certificates(current.certificate) if current else []
+    authorities = read_certificates(current.authorities) if current else []
+    authority_key = read_key(current.authority_key) if current else None
+    key = read_key(current.key) if current else None
+    chain = read_certificates(current.certificate) if current else []
     serving = chain[0] if chain else None
 
     trusted = [a for a in authorities if now < a.not_valid_after_utc]
-    sound = authority_key is not None and trusted and _belongs(trusted[0], authority_key)
-    if not sound or authority_key is None or _due(trusted[0], now):
-        added, authority_key = _new_authority(now)
+    sound = authority_key is not None and trusted and belongs(trusted[0], authority_key)
+    if not sound or authority_key is None or due(trusted[0], now):
+        added, authority_key = new_authority(AUTHORITY_NAME, now)
         trusted.insert(0, added)
     good = (
         serving is not None
         and key is not None
-        and _belongs(serving, key)
-        and not _due(serving, now)
+        and belongs(serving, key)
+        and not due(serving, now)
         and _is_for(serving, names)
         and any(_is_signed(serving, authority) for authority in trusted)
     )
@@ -241,12 +251,12 @@ def renewed(current: Credentials | None, names: Sequence[str], now: dt.datetime)
         serving, key = _new_serving(trusted[0], authority_key, names, now)
     elif trusted == authorities and current is not None:
         return current
-    return Credentials(_text(trusted), _key_text(authority_key), _text([serving]), _key_text(key))
+    return Credentials(as_text(trusted), key_text(authority_key), as_text([serving]), key_text(key))
 
 
 def ends(certificate: str) -> dt.datetime | None:
     """When the first certificate of PEM text ends; None if there is none."""
-    found = _certificates(certificate)
+    found = read_certificates(certificate)
     return found[0].not_valid_after_utc if found else None
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import signal
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,21 @@ class Cgroup:
         with contextlib.suppress(OSError):
             return [int(pid) for pid in (self.memory / "cgroup.procs").read_text().split()]
         return []
+
+    def end_neighbours(self, spared: Collection[str]) -> list[str]:
+        """SIGKILL for the pod's other containers, but those whose ids are spared; returns their cgroups."""
+        ended = []
+        with contextlib.suppress(OSError):
+            for other in self.memory.parent.iterdir():
+                if any(one in other.name for one in spared) or not other.is_dir():
+                    continue
+                pids = (other / "cgroup.procs").read_text().split()
+                for pid in map(int, pids):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                if pids:
+                    ended.append(other.name)
+        return ended
 
     def lift_limits(self) -> dict[str, str]:
         """Takes the CPU quota away and adds to the memory limit, for a wake.

@@ -32,6 +32,9 @@ _GHOST_LIMIT = str(256 << 20)
 """Bytes of an unlinked but open file that may go into the image; CRIU's default of 1 MiB is too small
 for databases' temporary files."""
 
+ANY_MODE = "--skip-file-rwx-check"
+"""For a restore on another node: a volume that is attached anew may have other modes there (fsGroup)."""
+
 _COMMON = (
     "--tcp-established",
     "--file-locks",
@@ -113,6 +116,11 @@ def restore_words(subject: Subject, images: Path, pid_file: Path) -> list[str]:
     for point, kept in subject.mounts:
         words += ["--external", f"mnt[{point}]:{kept}"]
     return words
+
+
+def write_recipe(run: Path, words: Sequence[str]) -> None:
+    """Leaves the restore command where the keeper reads it: in the container's run directory."""
+    (run / "restore.argv").write_bytes(b"\0".join(word.encode() for word in words) + b"\0")
 
 
 def stdio(init: int, keeper: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """TCP connections as CRIU's images have them, for those who speak for a program that is not there.
 
 Called by the daemon's traffic after a dump (:mod:`architect.processes.architectd.traffic`), in a thread.
-:mod:`.pagemap` takes the format's own parts from here.
+:mod:`.pagemap` and :mod:`.criuaddresses` take the format's own parts from here.
 
 Why by hand: CRIU's Python package is not on the index, a protobuf runtime costs the daemon 8 MB, and a dozen
 fields are needed (CRIU's images/fdinfo.proto, images/sk-inet.proto and images/tcp-stream.proto; protobuf's
@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 HEADER: Final = 8
 """Bytes of two magic numbers at the beginning of an image."""
 _COMMON_MAGIC: Final = 0x54564319
-_FILES_MAGIC: Final = 0x56303138
+FILES_MAGIC: Final = 0x56303138
 _STREAM_MAGIC: Final = 0x51465506
 """CRIU's criu/include/magic.h."""
 
@@ -27,10 +27,10 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _WIDTHS: Final = {_FIXED64: 8, _FIXED32: 4}
 """Wire types of protobuf, and the widths of two of them."""
 
-_INET_SOCKET: Final = 4
+INET_SOCKET: Final = 4
 """Field of file_entry: an inet_sk_entry."""
-_INO, _FAMILY, _TYPE, _PROTO, _STATE = 2, 3, 4, 5, 6
-_SOURCE_PORT, _DESTINATION_PORT, _SOURCE, _DESTINATION = 7, 8, 11, 12
+_INO, FAMILY, TYPE, PROTO, STATE = 2, 3, 4, 5, 6
+SOURCE_PORT, DESTINATION_PORT, SOURCE, DESTINATION = 7, 8, 11, 12
 """Fields of inet_sk_entry; the ports in the host's order, the addresses as words of memory."""
 _IN_SEQ, _OUT_LENGTH, _OUT_SEQ, _OPTIONS = 2, 3, 4, 5
 _RECEIVE_SCALE, _TIMESTAMP, _RECEIVE_WINDOW, _RECEIVE_UPDATE = 8, 9, 16, 17
@@ -44,6 +44,15 @@ _U32: Final = 0xFFFFFFFF
 _LARGEST_WINDOW: Final = 0xFFFF
 
 Field = int | bytes
+
+
+class Part(NamedTuple):
+    """A field of a message, and where it stands there, its key included."""
+
+    number: int
+    value: Field
+    begin: int
+    end: int
 
 
 class Connection(NamedTuple):
@@ -78,24 +87,31 @@ def entries(image: bytes) -> Iterator[bytes]:
 
 def fields(message: bytes) -> Iterator[tuple[int, Field]]:
     """Yield number and value of each field. Raises ValueError if the message is none."""
+    for part in parts(message):
+        yield part.number, part.value
+
+
+def parts(message: bytes) -> Iterator[Part]:
+    """Yield each field with the bytes that it is made of, in order. Raises ValueError as above."""
     place = 0
     while place < len(message):
+        begin = place
         key, place = varint(message, place)
-        kind = key & 7
+        kind, inside = key & 7, place
+        value: Field
         if kind == _VARINT:
             value, place = varint(message, place)
-            yield key >> 3, value
-            continue
-        if kind == _BYTES:
-            size, place = varint(message, place)
-        elif kind in _WIDTHS:
-            size = _WIDTHS[kind]
         else:
-            raise ValueError(f"a message has a field of the unknown kind {kind}")
-        if place + size > len(message):
-            raise ValueError("a message ends within a field")
-        yield key >> 3, message[place : place + size]
-        place += size
+            if kind == _BYTES:
+                size, inside = varint(message, place)
+            elif kind in _WIDTHS:
+                size = _WIDTHS[kind]
+            else:
+                raise ValueError(f"a message has a field of the unknown kind {kind}")
+            if inside + size > len(message):
+                raise ValueError("a message ends within a field")
+            value, place = message[inside : inside + size], inside + size
+        yield Part(key >> 3, value, begin, place)
 
 
 def varint(message: bytes, place: int) -> tuple[int, int]:
@@ -121,17 +137,17 @@ def connections(images: Path) -> list[Connection]:
     found = []
     files = images / "files.img"
     image = files.read_bytes()
-    _check(files, image, _FILES_MAGIC)
+    check(files, image, FILES_MAGIC)
     for message in entries(image):
         for number, value in fields(message):
-            if number == _INET_SOCKET and isinstance(value, bytes):
-                one = _connection(images, _Message(value))
+            if number == INET_SOCKET and isinstance(value, bytes):
+                one = _connection(images, Message(value))
                 if one is not None:
                     found.append(one)
     return found
 
 
-class _Message:
+class Message:
     """A message's fields by number. Raises ValueError for one that is of another kind than wanted."""
 
     def __init__(self, message: bytes) -> None:
@@ -163,12 +179,12 @@ class _Message:
         return found
 
 
-def _connection(images: Path, inet: _Message) -> Connection | None:
-    if (inet[_TYPE], inet[_PROTO]) != (socket.SOCK_STREAM, socket.IPPROTO_TCP):
+def _connection(images: Path, inet: Message) -> Connection | None:
+    if (inet[TYPE], inet[PROTO]) != (socket.SOCK_STREAM, socket.IPPROTO_TCP):
         return None
-    if inet[_STATE] not in _SPEAKING:
+    if inet[STATE] not in _SPEAKING:
         return None
-    stream = _Message(_stream(images / f"tcp-stream-{inet[_INO]:x}.img"))
+    stream = Message(_stream(images / f"tcp-stream-{inet[_INO]:x}.img"))
     if stream[_OUT_LENGTH] or _RECEIVE_WINDOW not in stream:
         return None
     options = stream[_OPTIONS]
@@ -179,10 +195,10 @@ def _connection(images: Path, inet: _Message) -> Connection | None:
     if not window:
         return None
     return Connection(
-        local=_address(inet[_FAMILY], inet.integers(_SOURCE)),
-        peer=_address(inet[_FAMILY], inet.integers(_DESTINATION)),
-        local_port=inet[_SOURCE_PORT],
-        peer_port=inet[_DESTINATION_PORT],
+        local=address(inet[FAMILY], inet.integers(SOURCE)),
+        peer=address(inet[FAMILY], inet.integers(DESTINATION)),
+        local_port=inet[SOURCE_PORT],
+        peer_port=inet[DESTINATION_PORT],
         receive_next=stream[_IN_SEQ],
         send_next=stream[_OUT_SEQ],
         window=min(window, _LARGEST_WINDOW),
@@ -194,17 +210,19 @@ def _stream(path: Path) -> bytes:
     """Read the one message of a stream's image; the bytes of its queues follow it."""
     with path.open("rb") as image:
         head = image.read(HEADER + 4)
-        _check(path, head, _STREAM_MAGIC)
+        check(path, head, _STREAM_MAGIC)
         size = int.from_bytes(head[HEADER:], "little")
         return next(entries(head + image.read(size)), b"")
 
 
-def _check(path: Path, image: bytes, magic: int) -> None:
+def check(path: Path, image: bytes, magic: int) -> None:
+    """Raise ValueError unless the image begins as one of its kind does."""
     if image[:HEADER] != struct.pack("<II", _COMMON_MAGIC, magic):
         raise ValueError(f"{path.name} is no such image")
 
 
-def _address(family: int, words: list[int]) -> bytes:
+def address(family: int, words: list[int]) -> bytes:
+    """Return an address of an inet_sk_entry as :class:`Connection` has it. Raises ValueError."""
     packed = b"".join(word.to_bytes(4, "little") for word in words)
     if family == socket.AF_INET and len(packed) == 4:
         return bytes(10) + b"\xff\xff" + packed

@@ -414,6 +414,17 @@ class Gate:
                 accept=accept,
             )
 
+    def copy(self, *, on: bool) -> None:
+        """Whether `copies` returns what is held from now on."""
+        with self._saying():
+            self._packets.copy(on=on)
+
+    def copies(self, owner: int) -> list[bytes]:
+        """Return what is held for an owner and was not returned before, each from its network header on."""
+        bit = gatemaps.bit(owner)
+        self._collect(OWNERS * HELD_PACKETS, keep=bit)
+        return self._packets.copies(bit)
+
     def waiting(self, owner: int) -> Waiting:
         """Return how much is held for an owner, and for how long."""
         return self._packets.waiting(gatemaps.bit(owner))

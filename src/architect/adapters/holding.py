@@ -36,6 +36,7 @@ class _Held(NamedTuple):
     quiet: bool
     since: float
     """time.monotonic()"""
+    data: bytes = b""
 
 
 class Holding:
@@ -47,6 +48,7 @@ class Holding:
         self._queue = nfqueue.Queue(rule.queue, capacity=capacity, buffer_bytes=buffer_bytes)
         self._held: dict[int, _Held] = {}  # by the packet's number, in order of arrival
         self._woken = 0
+        self._copied: set[int] = set()  # numbers of those that `copies` has returned
         self.probe_arrived = False
         """A packet with exactly the rule's mark was there (netfilter.reach)."""
 
@@ -64,11 +66,11 @@ class Holding:
         Does not block. `woken` then tells for whom there is something new.
         """
         keep |= holding
-        for owners, _, _ in self._held.values():
+        for owners, *_ in self._held.values():
             if not owners & holding:  # about to be released: nothing may overtake it
                 keep |= owners
         now = time.monotonic()
-        for number, mark in self._queue.receive(limit):
+        for number, mark, data in self._queue.receive(limit):
             owners, quiet = mark & OWNERS_MASK, bool(mark & QUIET)
             if mark == self._rule.mark:
                 self.probe_arrived = True
@@ -76,7 +78,7 @@ class Holding:
             elif owners & keep:
                 if not quiet:
                     self._woken |= owners & holding
-                self._held[number] = _Held(owners, quiet, now)
+                self._held[number] = _Held(owners, quiet, now, data)
             else:
                 # Marked just before the gate was opened.
                 self._queue.decide([number], accept=not owners & dropping)
@@ -100,7 +102,7 @@ class Holding:
         """
         going = [
             (number, owners)
-            for number, (owners, quiet, _) in self._held.items()
+            for number, (owners, quiet, *_) in self._held.items()
             if owners == bit or (owners & bit and not owners & holding)
             if accept or not quiet
         ]
@@ -122,6 +124,23 @@ class Holding:
             self._held[number] = held._replace(owners=held.owners & ~bit)
         freed = [number for number, held in self._held.items() if not held.owners & holding]
         self._decide(freed, accept=True)
+
+    def copy(self, *, on: bool) -> None:
+        """Whether what is held from now on can be had from `copies`."""
+        self._queue.copy(on=on)
+
+    def copies(self, bit: int) -> list[bytes]:
+        """Return what is held for an owner, in order of arrival, but what was returned before.
+
+        Each from its network header on. It stays held.
+        """
+        fresh = [
+            number
+            for number, held in self._held.items()
+            if held.owners & bit and held.data and number not in self._copied
+        ]
+        self._copied = {number for number in self._copied if number in self._held} | set(fresh)
+        return [self._held[number].data for number in fresh]
 
     def waiting(self, bit: int) -> Waiting:
         """Return how much is held for an owner, and for how long."""

@@ -72,6 +72,8 @@ class Keeper:
         self._orders = self._connect()
         self._news = self._connect()
         self._lock = asyncio.Lock()
+        self._asking: asyncio.Future[bytes] | None = None
+        self._closed = False
         self._watcher: asyncio.Task[None] | None = None
 
     def _connect(self) -> socket.socket:
@@ -95,11 +97,23 @@ class Keeper:
         Raises:
             KeeperError: it refused, or is gone, or is frozen (a paused container).
         """
+        return KeeperStatus.parse(await self._ask(order, timeout_s))
+
+    async def tell(self, order: str, timeout_s: float = 30.0) -> None:
+        """Sends an order that is answered by no status, such as ``kill 15``. Raises as :meth:`ask`."""
+        await self._ask(order, timeout_s)
+
+    async def _ask(self, order: str, timeout_s: float) -> str:
         loop = asyncio.get_running_loop()
         async with self._lock:
             try:
                 await loop.sock_sendall(self._orders, order.encode())
-                reply = await asyncio.wait_for(loop.sock_recv(self._orders, 4096), timeout_s)
+                self._asking = asyncio.ensure_future(loop.sock_recv(self._orders, 4096))
+                reply = await asyncio.wait_for(self._asking, timeout_s)
+            except asyncio.CancelledError as error:
+                if self._closed:
+                    raise self._gone(None) from error
+                raise
             except TimeoutError as error:
                 # A late answer would be taken for the next order's: begin anew.
                 self._orders.close()
@@ -114,11 +128,11 @@ class Keeper:
         text = reply.decode()
         if not text:
             raise self._gone(None)
-        if not text.startswith("ok "):
+        if text != "ok" and not text.startswith("ok "):
             raise KeeperError(
                 what=f"keeper refused {order!r}", why=text.removeprefix("error "), fix="see the log"
             )
-        return KeeperStatus.parse(text)
+        return text
 
     def watch(self, news: Callable[[KeeperStatus | None], None]) -> None:
         """Calls ``news`` with each new status, and with None when the keeper has ended."""
@@ -135,11 +149,18 @@ class Keeper:
         news(None)
 
     def close(self) -> None:
-        """Closes both connections; the keeper lives on."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-        self._orders.close()
-        self._news.close()
+        """Closes both connections; the keeper lives on. Whoever waits for an answer is told that it is gone.
+
+        The sockets are closed a moment later: the loop still has to let go of what waited for them, which it
+        knows by their descriptors' numbers, and the next connection may have the same.
+        """
+        self._closed = True
+        for waiting in (self._watcher, self._asking):
+            if waiting is not None:
+                waiting.cancel()
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._orders.close)
+        loop.call_soon(self._news.close)
 
     @staticmethod
     def _gone(error: OSError | None) -> KeeperError:

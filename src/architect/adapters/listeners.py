@@ -104,6 +104,19 @@ def connections(netns_pid: int, ports: Collection[int]) -> set[Connection]:
     }
 
 
+def connected(netns_pid: int, local: str) -> set[tuple[str, str, int, str, int]]:
+    """Connections of a local address: protocol, local address and port, the peer's address and port.
+
+    TCP's in any state but listening, and UDP sockets that have a peer.
+    """
+    return {
+        (protocol, local, _port(row[1]), _address(row[2]), _port(row[2]))
+        for table, protocol in _KINDS
+        for row in _rows(netns_pid, table)
+        if row[3] != _TCP_LISTEN and _port(row[2]) and _address(row[1]) == local
+    }
+
+
 def translated(netns_pid: int, ports: Collection[int]) -> set[Connection]:
     """Connections that were made to ``ports`` and are translated to others, of which these are the ends.
 

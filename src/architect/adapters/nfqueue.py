@@ -3,7 +3,8 @@
 Called by the gate (to hold a hibernated container's packets) and by the
 netfilter probe. Written over raw netlink because of the two packages on PyPI,
 both from 2023, one needs a compiler at installation and neither can leave the
-packets' bytes in the kernel, where they belong: all we read is the mark.
+packets' bytes in the kernel, where they belong: all we read is the mark, but
+while a container leaves for another node, which has to have them.
 
 Sources: <linux/netfilter/nfnetlink_queue.h>, net/netfilter/nfnetlink_queue.c,
 netlink(7).
@@ -30,9 +31,12 @@ _CFG_CMD, _CFG_PARAMS, _CFG_MAXLEN, _CFG_MASK, _CFG_FLAGS = range(1, 6)
 _CMD_BIND = 1
 # NFQNL_COPY_META: no byte of the packet, only its attributes.
 _COPY_META = 1
+_COPY_PACKET = 2
+_WHOLE = 0xFFFF
+"""Bytes of a packet, from its network header on; the kernel has no larger ones but IPv6 jumbograms."""
 # NFQA_CFG_F_GSO: aggregated segments stay one packet, not split and checksummed.
 _FLAG_GSO = 4
-_ATTR_PACKET, _ATTR_VERDICT, _ATTR_MARK = 1, 2, 3
+_ATTR_PACKET, _ATTR_VERDICT, _ATTR_MARK, _ATTR_PAYLOAD = 1, 2, 3, 10
 _NF_DROP, _NF_ACCEPT = 0, 1
 
 _SOL_NETLINK = 270
@@ -68,6 +72,8 @@ class Packet(NamedTuple):
     """Unique in the queue while the packet is held."""
     mark: int
     """skb->mark, 0 if it had none."""
+    data: bytes = b""
+    """From its network header on, if it came while `copy` was on. Transport checksums may be partial."""
 
 
 def _attribute(kind: int, data: bytes) -> bytes:
@@ -90,7 +96,7 @@ class Queue:
         """
         self._number = number
         self._sequence = 0
-        self._buffer = bytearray(1 << 16)
+        self._buffer = bytearray(1 << 17)  # a whole packet, and its attributes
         self._early: list[Packet] = []
         try:
             self._socket = socket.socket(
@@ -141,6 +147,20 @@ class Queue:
                     f"{what}; the kernel needs CONFIG_NETFILTER_NETLINK_QUEUE"
                 ) from error
             raise QueueError(what) from error
+
+    def copy(self, *, on: bool) -> None:
+        """From now on packets come with their bytes, or (at first) without.
+
+        Raises QueueError.
+        """
+        mode = struct.pack("!IB", _WHOLE if on else 0, _COPY_PACKET if on else _COPY_META)
+        try:
+            self._send(_CONFIG, _NLM_F_REQUEST | _NLM_F_ACK, _attribute(_CFG_PARAMS, mode))
+            self._await_acknowledgement()
+        except OSError as error:
+            raise QueueError(
+                f"cannot change packet queue {self._number}: {error.strerror}"
+            ) from error
 
     def _send(self, kind: int, flags: int, *attributes: bytes) -> None:
         self._socket.send(self._message(kind, flags, *attributes))
@@ -198,6 +218,7 @@ class Queue:
     def _parse(self, start: int, end: int) -> Packet:
         offset = start + _FAMILY.size
         number = mark = 0
+        data = b""
         while offset + _ATTRIBUTE.size <= end:
             length, kind = _ATTRIBUTE.unpack_from(self._buffer, offset)
             if length < _ATTRIBUTE.size:
@@ -206,9 +227,10 @@ class Queue:
                 (number,) = _BE32.unpack_from(self._buffer, offset + _ATTRIBUTE.size)
             elif kind == _ATTR_MARK:
                 (mark,) = _BE32.unpack_from(self._buffer, offset + _ATTRIBUTE.size)
-                break  # the id comes first; the rest is of no interest
+            elif kind == _ATTR_PAYLOAD:
+                data = bytes(self._buffer[offset + _ATTRIBUTE.size : offset + length])
             offset += length + 3 & ~3
-        return Packet(number, mark)
+        return Packet(number, mark, data)
 
     def decide(self, packets: Iterable[int], *, accept: bool) -> None:
         """Let packets go on, their mark cleared, or drop them, in the given order.

@@ -7,6 +7,7 @@ only the init's pid, its start time and the namespace paths name the process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -39,3 +40,19 @@ def point_to(runtime_root: str, container: str, init: int, *, enterable: bool = 
     fresh.write_text(json.dumps(state, separators=(",", ":")))
     fresh.chmod(0o600)
     fresh.rename(file)
+
+
+def is_being_created(container: str) -> bool:
+    """Whether somebody is at creating it: runc, or who has started that (proc_pid_cmdline(5))."""
+    name = container.encode()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = file.read_bytes().split(b"\0")
+            if b"create" in words and any(name in word for word in words):
+                return True
+    return False
+
+
+def forget_start(runtime_root: str, container: str) -> None:
+    """The container counts as started: takes away what its init would have waited for (exec.fifo)."""
+    (Path(runtime_root) / container / "exec.fifo").unlink(missing_ok=True)

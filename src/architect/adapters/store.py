@@ -70,8 +70,10 @@ class Store:
             raise _cannot_write(place, error) from error
         return place
 
-    def secure(self, generation: int, criu: str) -> int:
-        """Makes the dump durable under its final name, without committing it; blocking.
+    def secure(self, generation: int, criu: str, *, durable: bool = True) -> int:
+        """Gives the dump its final name, without committing it; blocking.
+
+        Not ``durable``: a power failure, which would end the program as well, may leave half of it.
 
         Returns its size in bytes.
 
@@ -80,25 +82,48 @@ class Store:
         """
         place = self._home / f".dump-{generation}"
         try:
-            files = [_record(f"{place}/{name}") for name in _image_files(place)]
-            manifest = CheckpointManifest(
-                container=self._container,
-                generation=generation,
-                criu=criu,
-                created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-                files=files,
-            )
-            _write(place / _MANIFEST, msgspec.json.encode(manifest))
-            # The largest first: one journal commit then covers all the small ones.
-            for file in sorted(files, key=lambda record: -record.size):
-                _fsync(place / file.name)
-            _fsync(place / _MANIFEST)
-            _fsync(place)
+            files = self._write_manifest(place, generation, criu)
+            if durable:
+                # The largest first: one journal commit then covers all the small ones.
+                for file in sorted(files, key=lambda record: -record.size):
+                    fsync(place / file.name)
+                fsync(place / _MANIFEST)
+                fsync(place)
             place.rename(self.images(generation))
-            _fsync(self._home)
+            if durable:
+                fsync(self._home)
         except OSError as error:
             raise _cannot_write(place, error) from error
         return sum(file.size for file in files)
+
+    def adopt(self, place: Path, generation: int, criu: str) -> None:
+        """Makes the images in ``place``, which another node has dumped, this container's too; blocking.
+
+        They stay in ``place`` as well (hard links): a container that is made anew finds them there. Not
+        durable: until the container runs, the other node has them.
+
+        Raises:
+            CheckpointError: the file system refuses.
+        """
+        fresh = self.begin(generation)
+        try:
+            link_images(place, fresh)
+            self._write_manifest(fresh, generation, criu)
+            fresh.rename(self.images(generation))
+        except OSError as error:
+            raise _cannot_write(fresh, error) from error
+
+    def _write_manifest(self, place: Path, generation: int, criu: str) -> list[FileRecord]:
+        files = [_record(f"{place}/{name}") for name in _image_files(place)]
+        manifest = CheckpointManifest(
+            container=self._container,
+            generation=generation,
+            criu=criu,
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            files=files,
+        )
+        _write(place / _MANIFEST, msgspec.json.encode(manifest))
+        return files
 
     def commit(self, generation: int) -> None:
         """From here on the checkpoint stands for the program: sets the link, atomically."""
@@ -229,6 +254,18 @@ class Store:
             _advise_dont_need(place / name, extents)
 
 
+def link_images(source: Path, target: Path) -> list[str]:
+    """Puts hard links to the images of a checkpoint into another directory; returns their names.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    names = _image_files(source)
+    for name in names:
+        (target / name).hardlink_to(source / name)
+    return names
+
+
 def stray(root: Path, alive: set[str]) -> list[Path]:
     """Directories of containers that are not ``alive``: what a crash left behind."""
     if not root.is_dir():
@@ -295,7 +332,8 @@ def _read_manifest(place: Path) -> CheckpointManifest:
         raise _damaged(place, f"{_MANIFEST}: {error}") from error
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Makes a file, or the names in a directory, durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

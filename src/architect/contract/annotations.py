@@ -42,6 +42,11 @@ START_FROM_PERSISTENT_CHECKPOINT = PREFIX + "start-from-persistent-checkpoint"
 CPU_REQUESTS = PREFIX + "cpu-requests"
 MEMORY_REQUESTS = PREFIX + "memory-requests"
 EXEC_PROBES = PREFIX + "exec-probes"
+TERMINATION_GRACE_PERIOD = PREFIX + "termination-grace-period-seconds"
+"""The user's own grace in seconds; admission has raised that of the spec."""
+PRE_STOP = PREFIX + "pre-stop"
+POST_START = PREFIX + "post-start"
+"""JSON {container: LifecycleHandler}, the hooks that architectd runs in the kubelet's place."""
 
 USER_ANNOTATIONS = (
     MANAGED_CONTAINERS,
@@ -63,8 +68,10 @@ USER_ANNOTATIONS = (
 )
 """All that users may write."""
 
-OWN_ANNOTATIONS = (CPU_REQUESTS, MEMORY_REQUESTS, EXEC_PROBES)
-"""Those that only we write on a pod: the requests of what sleeps, and its exec probes' commands."""
+MOVING_ANNOTATIONS = (TERMINATION_GRACE_PERIOD, PRE_STOP, POST_START)
+"""What admission takes over from the kubelet so that a pod can move."""
+OWN_ANNOTATIONS = (CPU_REQUESTS, MEMORY_REQUESTS, EXEC_PROBES, *MOVING_ANNOTATIONS)
+"""Those that only we write on a pod: the requests of what sleeps, its exec probes' commands, its hooks."""
 
 MINIMUM_SCALEDOWN_NS = durations.SECOND
 MAXIMUM_INITIAL_DELAY_NS = 24 * durations.HOUR

@@ -6,6 +6,7 @@ Durations are milliseconds, sizes bytes, times RFC 3339 strings or CLOCK_REALTIM
 
 from __future__ import annotations
 
+import enum
 from typing import Final
 
 import msgspec
@@ -15,6 +16,14 @@ CHECKPOINT_FORMAT: Final = 1
 
 RECORD_FORMAT: Final = 1
 """Version of :class:`ContainerRecord`."""
+
+
+class Moving(enum.StrEnum):
+    """Whether a container is being moved to another node, and what it was before."""
+
+    NO = ""
+    AWAKE = "awake"
+    ASLEEP = "asleep"
 
 
 class ContainerRecord(msgspec.Struct, kw_only=True):
@@ -72,6 +81,11 @@ class ContainerRecord(msgspec.Struct, kw_only=True):
 
     The kubelet lowers them when the pod's requests are given back; a wake raises them again by itself.
     """
+    moving: Moving = Moving.NO
+    stop_signal: int = 0
+    """The engine's, held until it is known whether the pod moves or ends; 0 for none."""
+    post_started: bool = False
+    """Its postStart hook has run."""
     error: str | None = None
 
 
@@ -157,6 +171,8 @@ class Request(msgspec.Struct, kw_only=True):
     container: str = ""
     resources: str = ""
     """Of an update: the limits asked for, as the OCI specification's LinuxResources."""
+    signal: int = 0
+    """Of a stop: the number of the signal."""
     process: str = ""
     """Of an exec: the file that describes the process (OCI specification, Process)."""
     follow: bool = False

@@ -32,6 +32,14 @@ class State(enum.StrEnum):
     """Only the checkpoint exists."""
     SCALING_UP = "scaling-up"
     """CRIU restores the program; packets are held."""
+    LEAVING = "leaving"
+    """Its pod moves to another node: CRIU writes the checkpoint; packets wait and cancel nothing."""
+    LEFT = "left"
+    """As LEAVING; the checkpoint is whole and CRIU is ending the program."""
+    MIGRATING = "migrating"
+    """Only the checkpoint exists, and it is being moved: nothing wakes it here while that may succeed."""
+    ARRIVING = "arriving"
+    """A checkpoint of another node is on its way, to stand for the program that was never started."""
     STRANDED = "stranded"
     """A restore failed. The checkpoint is kept; the next packet, command or retry tries again."""
     ENDED = "ended"
@@ -54,6 +62,10 @@ _SHOWN = {
     State.COMMITTED_WANTED: "SCALING_DOWN",
     State.SCALED_DOWN: "SCALED_DOWN",
     State.SCALING_UP: "SCALING_UP",
+    State.LEAVING: "MIGRATING",
+    State.LEFT: "MIGRATING",
+    State.MIGRATING: "MIGRATING",
+    State.ARRIVING: "MIGRATING",
     State.STRANDED: "SCALED_DOWN",
     State.ENDED: "ENDED",
 }
@@ -68,6 +80,18 @@ class Happening(enum.StrEnum):
     """The idle clock ran out, or a user asked for hibernation."""
     WANTED = "wanted"
     """A packet for it is held, or an exec, a command or a signal needs the program."""
+    LEAVE = "leave"
+    """Its pod moves to another node, which is ready for it."""
+    STAY_AWAKE = "stay-awake"
+    STAY_ASLEEP = "stay-asleep"
+    """It does not move after all, and is to be as it was before."""
+    EXPECTED = "expected"
+    """A checkpoint of another node is about to take the place of a container that was not started."""
+    NOT_COMING = "not-coming"
+    """That checkpoint does not come; the container can still be started as new."""
+    LANDED = "landed"
+    LANDED_ASLEEP = "landed-asleep"
+    """The checkpoint of another node stands for the program, which was awake or asleep there."""
     IMAGES_WRITTEN = "images-written"
     """CRIU has written every image and asks whether to end the program."""
     IMAGES_KEPT = "images-kept"

@@ -68,6 +68,23 @@ TABLE: Final[dict[tuple[S, H], Step]] = {
         S.STRANDED, (A.GATE_SLEEP, A.REPORT_RESTORE_FAILED, A.SCHEDULE_RETRY)
     ),
     (S.STRANDED, H.WANTED): Step(S.SCALING_UP, (A.GATE_HOLD, A.START_RESTORE)),
+    # A move. The other node's architectd decides when it is over; packets wait for its word.
+    (S.RUNNING, H.LEAVE): Step(S.LEAVING, (A.STOP_IDLE_CLOCK, A.GATE_HOLD, A.START_DUMP)),
+    (S.LEAVING, H.IMAGES_WRITTEN): Step(S.LEAVING, (A.KEEP_IMAGES,)),
+    (S.LEAVING, H.IMAGES_KEPT): Step(S.LEFT, (A.CONFIRM,)),
+    (S.LEAVING, H.IMAGES_LOST): Step(S.LEAVING, (A.REFUSE,)),
+    (S.LEAVING, H.DUMP_FAILED): _DUMP_FAILED,
+    (S.LEFT, H.DUMPED): Step(S.MIGRATING),
+    (S.LEFT, H.DUMP_FAILED): _DUMP_FAILED,
+    (S.SCALED_DOWN, H.LEAVE): Step(S.MIGRATING, (A.GATE_HOLD,)),
+    (S.STRANDED, H.LEAVE): Step(S.MIGRATING, (A.GATE_HOLD,)),
+    (S.MIGRATING, H.STAY_AWAKE): Step(S.SCALING_UP, (A.START_RESTORE,)),
+    (S.MIGRATING, H.STAY_ASLEEP): Step(S.SCALED_DOWN, (A.GATE_SLEEP,)),
+    # The gate is closed before the first packet of a moved connection can be sent here.
+    (S.CREATED, H.EXPECTED): Step(S.ARRIVING, (A.GATE_HOLD,)),
+    (S.ARRIVING, H.NOT_COMING): Step(S.CREATED, (A.GATE_OPEN,)),
+    (S.ARRIVING, H.LANDED): Step(S.SCALING_UP, (A.START_RESTORE,)),
+    (S.ARRIVING, H.LANDED_ASLEEP): Step(S.SCALED_DOWN, (A.GATE_SLEEP,)),
     (S.FILLING, H.FILLED): Step(S.RUNNING, (A.DROP_IMAGES, A.START_IDLE_CLOCK)),
     # The keeper can wake by itself, for a signal that came while no daemon ran.
     (S.SCALED_DOWN, H.RESTORED): Step(S.FILLING, (A.GATE_OPEN, A.MEND_RUNTIME, A.REPORT_UP)),

@@ -22,6 +22,7 @@ from architect.contract.annotations import (
     IGNORE_ACTIVITY_PORTS,
     MANAGED_CONTAINERS,
     MANAGED_POD,
+    MOVING_ANNOTATIONS,
     NETWORK_MONITOR,
     OWN_ANNOTATIONS,
     PREFIX,
@@ -36,6 +37,7 @@ from architect.contract.annotations import (
 )
 from architect.contract.errors import ArchitectError, InvalidAnnotation, quoted
 from architect.contract.kubernetes import (
+    MOVE_REQUESTED,
     NODE_LABEL,
     PROXY_CONTAINER,
     RUNC_CLASS,
@@ -44,7 +46,7 @@ from architect.contract.kubernetes import (
     WAKE_REQUESTED,
     status_label,
 )
-from architect.decisions import podtraffic
+from architect.decisions import podmoving, podtraffic
 from architect.decisions.admission import Reason
 from architect.decisions.distros import LAYOUTS
 from architect.decisions.podobject import (
@@ -105,6 +107,8 @@ class Policy:
     """User names of our own components, which write the states on the pods."""
     proxy: podtraffic.Proxy | None = None
     """The sidecar that answers probes; None if its image is not known."""
+    move_grace_s: int = 0
+    """The least grace of managed pods, so that a replacement has time to come; 0: their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,7 @@ UNTOUCHED: Final = Review()
 def _settings(pod: Object) -> dict[str, str]:
     """The annotations by which users tell us what they want."""
     ours = strings(pod, "annotations").items()
-    written = {*OWN_ANNOTATIONS, WAKE_REQUESTED}
+    written = {*OWN_ANNOTATIONS, WAKE_REQUESTED, MOVE_REQUESTED}
     return {k: v for k, v in ours if k.startswith(PREFIX) and k not in written}
 
 
@@ -190,7 +194,9 @@ def _refuse_forged(request: Request, policy: Policy) -> None:
     old = _written_by_us(request.old) if request.operation == UPDATE else {}
     if request.operation == CREATE and runtime_class(request.object) == RUNC_CLASS:
         # Of a new pod it is ours, whatever its user wrote: complete_pod has seen to that.
-        new.pop(("annotation", EXEC_PROBES), None)
+        # The others are looked at by podmoving.refuse_forged.
+        for annotation in (EXEC_PROBES, *MOVING_ANNOTATIONS):
+            new.pop(("annotation", annotation), None)
     for kind, key in sorted({*new, *old}):
         value = new.get((kind, key))
         if value == old.get((kind, key)):
@@ -380,12 +386,18 @@ def _created(request: Request, policy: Policy) -> Review:
     settings = _read(pod, _settings(pod), policy.defaults)
     listed = settings.managed_containers or ()
     _refuse_shared_namespaces(pod, listed)
+    moving: list[str] = []
+    if runtime_class(pod) == RUNC_CLASS:
+        podmoving.refuse_forged(pod, settings)
+        podmoving.refuse_other_moves(pod, None)
+        moving = podmoving.left_to_the_kubelet(pod, settings)
     return Review(
         warnings=_few(
             [
                 *settings.warnings,
                 *_class_warnings(pod, settings),
                 *_container_warnings(pod, settings),
+                *moving,
                 *_traffic_warnings(pod, settings),
                 *podtraffic.uninjected(settings, policy.proxy),
             ]
@@ -397,6 +409,8 @@ def _created(request: Request, policy: Policy) -> Review:
 def _updated(request: Request, policy: Policy) -> Review:
     _refuse_forged(request, policy)
     pod = request.object
+    if runtime_class(pod) == RUNC_CLASS:
+        podmoving.refuse_other_moves(pod, request.old)
     old, new = _settings(request.old), _settings(pod)
     if old == new:
         return UNTOUCHED
@@ -454,7 +468,8 @@ def complete_pod(request: Request, policy: Policy) -> Review:
     """Return the patch that a new pod needs. Patched once, it needs no more.
 
     Only what its node cannot do, because it is fixed at creation: the resize policies that let a
-    sleeper give back its requests without being restarted, and what decisions.podtraffic adds. Defaults
+    sleeper give back its requests without being restarted, the hooks and the grace that a move must not meet
+    (decisions.podmoving), and what decisions.podtraffic adds. Defaults
     are the node's (its flags), and Go programs, which would otherwise use io_uring or Multipath TCP,
     need nothing here either: the node's seccomp rules see to it (decisions.seccomp).
     """
@@ -465,7 +480,11 @@ def complete_pod(request: Request, policy: Policy) -> Review:
         settings = _read(pod, _settings(pod), policy.defaults)
     except InvalidAnnotation:
         settings = None  # review_pod refuses it, in its own words.
-    patch = [*_resizable(pod), *podtraffic.operations(pod, settings, policy.proxy)]
+    patch = _resizable(pod)
+    if settings is not None:
+        patch += podmoving.operations(pod, settings, policy.move_grace_s)
+    # Last: it moves the init containers, by whose indexes the others are.
+    patch += podtraffic.operations(pod, settings, policy.proxy)
     return Review(patch=tuple(patch), warnings=podtraffic.overwritten(pod))
 
 
@@ -536,6 +555,9 @@ def review_workload(request: Request, policy: Policy) -> Review:
         warnings += review.warnings
         if not review.allowed:
             warnings.append(f"pods of this {kind} will be refused: {review.message}")
+        elif runtime_class(template) == RUNC_CLASS:
+            read = _read(template, settings, policy.defaults)
+            warnings += podmoving.warnings(kind, template, read)
         if kind == "DaemonSet" and _node_selector(template).get(NODE_LABEL) != "true":
             # Its controller makes a pod for each node that the template allows; it knows no classes.
             warnings.append(

@@ -81,6 +81,8 @@ def admit(container: str, bundle: str, runtime_root: str, engine_pid: int) -> An
             run = paths.CONTAINERS / container
             run.mkdir(mode=0o700, exist_ok=True)
             (run / "meta.json").write_bytes(msgspec.json.encode(record))
+            if record.pod_uid and paths.CLUSTER_MARK.exists():
+                (run / "movable").touch()
     except OSError as error:
         raise BadBundle(
             what=f"container {answer.identity} cannot be taken in",

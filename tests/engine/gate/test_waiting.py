@@ -89,3 +89,25 @@ def test_room_in_bytes_is_whole_again(network: Network, gate: Gate) -> None:
         assert gate.activity(0).held == expected
         assert gate.waiting(0).packets == 3
         assert gate.expire(0.0) == 1
+
+
+def test_what_waits_can_be_copied_once_and_is_still_delivered(network: Network, gate: Gate) -> None:
+    server = network.server(socket.AF_INET, socket.SOCK_DGRAM)
+    caller = network.caller(socket.AF_INET, socket.SOCK_DGRAM, "veth")
+    gate.set_mode(0, Mode.HOLD)
+    caller.send(b"before")
+    held(gate, 1)
+    gate.copy(on=True)
+    caller.send(b"first")
+    held(gate, 2)
+    (first,) = gate.copies(0)
+    assert first.endswith(b"first")
+    caller.send(b"second")
+    held(gate, 3)
+    (second,) = gate.copies(0)
+    assert second.endswith(b"second")
+    assert gate.copies(0) == gate.copies(1) == []
+    gate.copy(on=False)
+    gate.set_mode(0, Mode.OPEN)
+    assert gate.release(0, accept=True) == 3
+    assert [received(server) for _ in range(3)] == [b"before", b"first", b"second"]

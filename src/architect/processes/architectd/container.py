@@ -24,11 +24,12 @@ from architect.adapters.store import Store
 from architect.contract import paths
 from architect.contract.annotations import MANAGED_CONTAINERS, ContainerSettings
 from architect.contract.errors import ArchitectError, as_error
-from architect.contract.records import ContainerRecord, Row
+from architect.contract.records import ContainerRecord, Moving, Row
 from architect.contract.states import Action, Happening, State
 from architect.decisions import life
 from architect.decisions.limits import Verdict
 from architect.processes.architectd import subject as subjects
+from architect.processes.architectd.checkpointing import Dump
 from architect.processes.architectd.clock import IdleClock
 from architect.processes.architectd.context import Context
 from architect.processes.architectd.limits import Limits
@@ -55,12 +56,14 @@ class ManagedContainer:
         self.record = record
         self.settings = settings
         self.state = state
+        self.ended = asyncio.Event()
+        """Set when it has ended."""
         self.clock = IdleClock(record, settings, self._expired)
         self._context = context
         self._run = paths.CONTAINERS / record.id
         self._store = Store(paths.CHECKPOINTS, self._run / "checkpoint", record.id)
         self._keeper: Keeper | None = None
-        self._hook: criu.DumpHook | None = None
+        self._dumping: Dump | None = None
         self._report = Reporter(record, context.events)
         self._limits = Limits(record, context.boosts)
         self._traffic = Traffic(
@@ -73,6 +76,10 @@ class ManagedContainer:
         self._failure: ArchitectError | None = None
         self._why = ""
         self._checkpoint_bytes = 0
+        self._durable = True
+        """Whether a dump is to outlive a power failure."""
+        self._subject: criu.Subject | None = None
+        """Of the dump that is about to begin, where it was prepared before packets wait."""
         self._phase = ""
         """The keeper's, as it last told."""
         self._unfit = False
@@ -210,6 +217,11 @@ class ManagedContainer:
     def resume(self, status: KeeperStatus, state: State) -> None:
         """Goes on from where another daemon left it; ``state`` is what was found to be true."""
         self.state = state
+        if self.record.moving and state is State.SCALED_DOWN:
+            # Another node may have it: .cluster.leaving finds out.
+            self.state = state = State.MIGRATING
+        elif state is not State.MIGRATING:
+            self.record.moving = Moving.NO
         if state is not State.CREATED and not self.record.first_started and self.clock.init:
             # It was started while no daemon ran.
             ticks = runc_state.start_time(self.clock.init)
@@ -218,6 +230,8 @@ class ManagedContainer:
         if self.clock.place is not None:
             if state in (State.SCALED_DOWN, State.STRANDED):
                 self._traffic.sleep()
+            elif state is State.MIGRATING:
+                self._traffic.hold(wakes=True)
             else:
                 self._traffic.open()
         if state is State.SCALED_DOWN:
@@ -304,15 +318,16 @@ class ManagedContainer:
 
     def forget(self) -> None:
         """The container has ended, or was never made: leaves nothing of it."""
+        self.ended.set()
         self.clock.stop()
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
-        if self._hook is not None:
-            self._hook.close()
-            self._hook = None
+        if self._dumping is not None:
+            self._dumping.close()
+            self._dumping = None
         if self._keeper is not None:
             self._keeper.close()
         self._traffic.leave()
@@ -332,7 +347,8 @@ class ManagedContainer:
     def _do(self, action: Action) -> None:
         match action:
             case Action.GATE_HOLD:
-                self._traffic.hold(wakes=self.state is not State.SCALING_DOWN)
+                dumped = self.state in (State.SCALING_DOWN, State.LEAVING)
+                self._traffic.hold(wakes=not dumped)
             case Action.GATE_OPEN:
                 self._traffic.open()
             case Action.GATE_SLEEP:
@@ -345,8 +361,7 @@ class ManagedContainer:
             case Action.CONFIRM:
                 self._confirm()
             case Action.REFUSE:
-                if self._hook is not None:
-                    self._hook.answer(end_it=False)
+                self._answer(end_it=False)
             case Action.SETTLE:
                 self._task(self._settle())
             case Action.START_RESTORE:
@@ -371,7 +386,8 @@ class ManagedContainer:
 
     def _packets(self) -> None:
         """Packets for its ports are held."""
-        self._why = "packet"
+        if self.state is not State.SCALING_UP:
+            self._why = "packet"
         self.happen(Happening.WANTED)
 
     def _retry(self) -> None:
@@ -411,43 +427,13 @@ class ManagedContainer:
 
     async def _dump(self) -> None:
         self._failure = None
-        status = -1
-        generation = self.record.generation + 1
-        images: Path | None = None
-        try:
-            if self._keeper is None or self.clock.cgroup is None:
-                raise KeeperError(what="no keeper", why="not attached", fix="restart architectd")
-            if self.clock.place is None or not self.clock.place.holds():
-                raise NotAsleep(
-                    what=f"{self.name} stays awake",
-                    why="packets for it cannot be held, and would be answered with resets",
-                    fix="see `architect events` for the reason",
-                )
-            self._retire()
-            self.record.quiet = []
-            self.record.quiet = await subjects.other_ports(self.record, self.clock.cgroup)
-            await self._traffic.settle_ports(self.clock.cgroup)
-            subject = await subjects.prepare(
-                self.record, self._run, self.clock.init, self.clock.cgroup
-            )
-            await self._keeper.ask(f"dump-begin {self.record.container}")
-            images = self._store.begin(generation)
-            self.record.generation = generation
-            words = criu.restore_words(
-                subject, self._store.images(generation), self._run / "restored.pid"
-            )
-            (self._run / "restore.argv").write_bytes(b"\0".join(w.encode() for w in words) + b"\0")
-            self.save()
-            self._hook = criu.DumpHook(self._run / "hook", self._images_written)
-            words = criu.dump_words(subject, images)
-            status = await criu.run(words, self._hook.environment, self._run / "dump.pid")
-        except (ArchitectError, GateError, OSError) as error:
-            self._failure = as_error(error, f"{self.name} could not be hibernated")
-        finally:
-            if self._hook is not None:
-                self._hook.close()
-                self._hook = None
-        await self._end_dump(status, images)
+        subject, self._subject = self._subject, None
+        dump = Dump(self.record, self._run, self._store, self.clock, self._traffic, subject)
+        self._dumping = dump
+        status = await dump.carry_out(self._keeper, self._retire, self.save, self._images_written)
+        self._failure = dump.failure
+        self._dumping = None
+        await self._end_dump(status, dump.images)
 
     async def _end_dump(self, status: int, images: Path | None) -> None:
         """CRIU has ended: finds out what is true now."""
@@ -487,9 +473,21 @@ class ManagedContainer:
         self._task(self._look_again())
 
     async def _look_again(self) -> None:
-        """Gives the dump up if a connection was opened after its start: it has missed no packet then."""
+        """Gives the dump up if a connection was opened after its start: it has missed no packet then.
+
+        A move is not given up, nor does it wait for that; from now on the connection's packets wait too,
+        which come again anyway.
+        """
         group = self.clock.cgroup
-        if group is not None and await subjects.other_ports(self.record, group):
+        moves = self.state is State.LEAVING
+        if moves:
+            self.happen(Happening.IMAGES_WRITTEN)
+        found = await subjects.other_ports(self.record, group) if group is not None else []
+        if moves:
+            self.record.quiet += found
+            self._traffic.set_ports()
+            return
+        if found:
             self._why = "new connection"
             self.happen(Happening.WANTED)
         self.happen(Happening.IMAGES_WRITTEN)
@@ -497,10 +495,13 @@ class ManagedContainer:
     async def _keep_images(self) -> None:
         try:
             self._checkpoint_bytes = await asyncio.to_thread(
-                self._store.secure, self.record.generation, self._context.criu_version
+                self._store.secure,
+                self.record.generation,
+                self._context.criu_version,
+                durable=self._durable,
             )
         except ArchitectError as error:
-            if self.state is State.SECURING:
+            if self.state in (State.SECURING, State.LEAVING):
                 self._failure = error
             self.happen(Happening.IMAGES_LOST)
             return
@@ -511,11 +512,13 @@ class ManagedContainer:
             self._store.commit(self.record.generation)
         except OSError as error:
             self._failure = as_error(error, f"{self.name} could not be hibernated, it runs on")
-            if self._hook is not None:
-                self._hook.answer(end_it=False)
+            self._answer(end_it=False)
             return
-        if self._hook is not None:
-            self._hook.answer(end_it=True)
+        self._answer(end_it=True)
+
+    def _answer(self, *, end_it: bool) -> None:
+        if self._dumping is not None:
+            self._dumping.answer(end_it=end_it)
 
     async def _settle(self) -> None:
         """Frees what the program used and makes the digests; of no concern to a wake that comes now.

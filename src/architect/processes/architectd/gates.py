@@ -117,6 +117,25 @@ class Place:
         except BpfError as error:
             raise GateError(f"keep-alive probes are not answered: {error}") from error
 
+    def copy(self, *, on: bool) -> None:
+        """Whether :meth:`copies` has what is held from now on. For the whole namespace.
+
+        Raises:
+            GateError: the kernel refuses.
+        """
+        self._shared.gate.copy(on=on)
+        self._shared.receive_soon()
+
+    def copies(self) -> list[bytes]:
+        """What is held for the owner and was not returned before, each from its network header on.
+
+        Raises:
+            GateError: the queue cannot be read.
+        """
+        found = self._shared.gate.copies(self.owner)
+        self._shared.receive_soon()
+        return found
+
     def waiting(self) -> Waiting:
         """What is held for the owner now."""
         return self._shared.gate.waiting(self.owner)

@@ -21,9 +21,11 @@ from architect.adapters import heap, hot, rundir
 from architect.adapters.bpf import ensure_bpffs
 from architect.adapters.events import EventLog
 from architect.adapters.gate import GateError
-from architect.contract import durations, paths
+from architect.contract import durations, paths, quantities
 from architect.contract.annotations import DEFAULTS, MINIMUM_SCALEDOWN_NS, Defaults, Monitor
 from architect.contract.errors import ArchitectError, InvalidDuration
+from architect.contract.kubernetes import NAMESPACE, TRANSFER_PORT
+from architect.contract.moving import OnRestoreFailure
 from architect.processes.architectd.context import Context
 from architect.processes.architectd.gates import Gates
 from architect.processes.architectd.registry import Registry
@@ -31,6 +33,7 @@ from architect.processes.architectd.server import Server
 
 _ANSWER_KEEP_ALIVE: Final = "ARCHITECT_ANSWER_KEEP_ALIVE"
 """For a lone machine, where nothing gives the daemon options."""
+MIB: Final = 1 << 20
 _TRIM_S: Final = 60.0
 """Seconds between two times that unused memory is given back."""
 
@@ -40,6 +43,18 @@ def _duration(text: str) -> int:
         return durations.parse(text)
     except InvalidDuration as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _rate(text: str) -> int | None:
+    if not text:
+        return None
+    try:
+        found = int(quantities.parse(text))
+    except ArchitectError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if found < MIB:
+        raise argparse.ArgumentTypeError("at least 1Mi")
+    return found
 
 
 def options(words: list[str]) -> argparse.Namespace:
@@ -77,9 +92,33 @@ def options(words: list[str]) -> argparse.Namespace:
         default="auto",
         help="kubernetesDistro of the chart, for architect-node uninstall at the end",
     )
+    parser.add_argument("--namespace", default=NAMESPACE, help="where Architect is installed")
+    parser.add_argument("--address", default="", help="this node's, at which others fetch pods")
+    parser.add_argument(
+        "--transfer-port",
+        type=int,
+        default=TRANSFER_PORT,
+        help="the port there (default %(default)s)",
+    )
+    parser.add_argument(
+        "--transfer-bandwidth-limit",
+        type=_rate,
+        default=None,
+        metavar="QUANTITY",
+        help="bytes a second, such as 100Mi, that are fetched from other nodes (default: no limit)",
+    )
+    parser.add_argument(
+        "--on-restore-failure",
+        choices=[one.value for one in OnRestoreFailure],
+        default=OnRestoreFailure.WAIT.value,
+        help="of a pod that has moved here and cannot be restored: wait, and try again (default), or "
+        "start fresh after the second time; its state is kept",
+    )
     found = parser.parse_args(words)
     if found.kubernetes is not None and not found.node:
         parser.error("--kubernetes needs --node")
+    if found.kubernetes is not None and not found.address:
+        parser.error("--kubernetes needs --address")
     if found.default_scaledown_duration < MINIMUM_SCALEDOWN_NS:
         parser.error("--default-scaledown-duration: at least 1s")
     return found
@@ -111,13 +150,22 @@ async def serve(given: argparse.Namespace) -> None:
     side = None
     if given.kubernetes is not None:
         # Not on a lone machine: the client alone takes ten megabytes.
+        from architect.processes.architectd.cluster.moves import Route
         from architect.processes.architectd.cluster.side import ClusterSide
 
-        side = ClusterSide(given.kubernetes, given.node, registry, context)
+        route = Route(
+            given.namespace,
+            given.address,
+            given.transfer_port,
+            given.transfer_bandwidth_limit,
+            OnRestoreFailure(given.on_restore_failure),
+        )
+        side = ClusterSide(given.kubernetes, given.node, registry, context, route)
     await registry.recover()
-    server = await Server(registry, context).listen()
+    server = await Server(registry, context, side.moves if side else None).listen()
     if side is not None:
         side.start()
+    await registry.catch_up()
     # What lives now lives long: keep the collector from walking it at each wake.
     gc.collect()
     gc.freeze()

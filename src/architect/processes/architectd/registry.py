@@ -10,21 +10,28 @@ import contextlib
 import os
 import select
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
-from architect.adapters import mounts, store
-from architect.adapters.keeper import KeeperError, KeeperStatus, PagerState
+from architect.adapters import mounts, runc_state, store
+from architect.adapters.keeper import Keeper, KeeperError, KeeperStatus, PagerState
 from architect.contract import paths
 from architect.contract.annotations import USER_ANNOTATIONS, ContainerSettings, parse
 from architect.contract.errors import ArchitectError
 from architect.contract.records import RECORD_FORMAT, ContainerRecord, Event
 from architect.contract.states import State
 from architect.processes import door
-from architect.processes.architectd.container import ManagedContainer
 from architect.processes.architectd.context import Context
+from architect.processes.architectd.moving import MovableContainer
+
+_CREATION_S: Final = 30.0
+"""Seconds for which a container is taken to be under creation at the most."""
+_LOOK_S: Final = 0.02
+"""Seconds between two looks."""
 
 
 class NoSuchContainer(ArchitectError):
@@ -36,23 +43,43 @@ class Registry:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._containers: dict[str, ManagedContainer] = {}
+        self._containers: dict[str, MovableContainer] = {}
         self._retired = False
         self._ending: set[asyncio.Task[None]] = set()
+        self._looks: dict[str, asyncio.Task[None]] = {}
+        """Looks at containers that this daemon was not told of."""
+        self._left_alone: set[str] = set()
+        """Those whose record cannot be read."""
 
-    def all(self) -> list[ManagedContainer]:
+    def all(self) -> list[MovableContainer]:
         """Those that have not ended, in order of their names."""
         for container, managed in list(self._containers.items()):
             if managed.state is State.ENDED:
                 del self._containers[container]
         return sorted(self._containers.values(), key=lambda one: one.name)
 
-    def get(self, container: str) -> ManagedContainer | None:
+    def get(self, container: str) -> MovableContainer | None:
         """The container with that id, unless it has ended."""
         managed = self._containers.get(container)
         return None if managed is None or managed.state is State.ENDED else managed
 
-    def named(self, pod: str, container: str) -> list[ManagedContainer]:
+    async def find(self, container: str) -> MovableContainer | None:
+        """The same; one that was created while no daemon answered is taken in first.
+
+        An engine that found none may be at creating it still when this one has begun to answer.
+        """
+        run = paths.CONTAINERS / container
+        known = container in self._containers or container in self._left_alone
+        if not known and run.exists():
+            look = self._looks.get(container)
+            if look is None:
+                look = self._looks[container] = asyncio.create_task(self._look_at(run))
+                look.add_done_callback(lambda _: self._looks.pop(container, None))
+            # Shared: who asked may be gone before it is over.
+            await asyncio.shield(look)
+        return self.get(container)
+
+    def named(self, pod: str, container: str) -> list[MovableContainer]:
         """The managed containers of a pod (``NAME`` or ``NAMESPACE/NAME``), or one of them.
 
         Raises:
@@ -117,18 +144,6 @@ class Registry:
                 self._ending.add(task)
                 task.add_done_callback(self._ending.discard)
 
-    async def created(self, container: str) -> None:
-        """Its keeper exists now."""
-        managed = self.get(container)
-        if managed is not None:
-            await managed.attach()
-
-    def started(self, container: str) -> None:
-        """The engine has started it."""
-        managed = self.get(container)
-        if managed is not None:
-            managed.started()
-
     def deleted(self, container: str) -> None:
         """The engine has deleted it, or its creation failed."""
         managed = self._containers.pop(container, None)
@@ -152,7 +167,7 @@ class Registry:
                 continue
             managed.follow(ours, settings)
 
-    def of_pod(self, pod_uid: str) -> list[ManagedContainer]:
+    def of_pod(self, pod_uid: str) -> list[MovableContainer]:
         """The containers of a Kubernetes pod that have not ended."""
         return [one for one in self.all() if one.record.pod_uid == pod_uid]
 
@@ -178,13 +193,13 @@ class Registry:
         for managed in self.all():
             managed.follow(managed.record.annotations, self._settings(managed.record))
 
-    def busy(self) -> list[ManagedContainer]:
+    def busy(self) -> list[MovableContainer]:
         """After :meth:`retire`: what is not awake with all its memory yet."""
         return [one for one in self.all() if one.state not in (State.RUNNING, State.CREATED)]
 
-    def _make(self, record: ContainerRecord, state: State) -> ManagedContainer:
+    def _make(self, record: ContainerRecord, state: State) -> MovableContainer:
         settings = self._settings(record)
-        return ManagedContainer(record, settings, self._context, state)
+        return MovableContainer(record, settings, self._context, state)
 
     def _settings(self, record: ContainerRecord) -> ContainerSettings:
         """What its pod's annotations say; nothing is managed whose annotations cannot be read any more."""
@@ -200,26 +215,47 @@ class Registry:
     async def recover(self) -> None:
         """Finds every container that lives, and clears away what is left of those that do not."""
         paths.CONTAINERS.mkdir(parents=True, mode=0o700, exist_ok=True)
-        for run in sorted(paths.CONTAINERS.iterdir()):
-            try:
-                record = _read(run / "meta.json")
-            except (OSError, msgspec.MsgspecError, ArchitectError) as error:
-                self._complain(run.name, f"its record cannot be read, it is left alone: {error}")
-                continue
-            managed = self._make(record, State.CREATED)
-            try:
-                await self._take_over(managed, run)
-                self._containers[record.id] = managed
-            except (KeeperError, FileNotFoundError, ProcessLookupError):
-                managed.forget()
-            except ArchitectError as error:
-                self._complain(run.name, str(error))
+        await self.catch_up()
         self._context.gates.tidy()
         known = {run.name for run in paths.CONTAINERS.iterdir()}
         for place in store.stray(paths.CHECKPOINTS, known):
             shutil.rmtree(place, ignore_errors=True)
 
-    async def _take_over(self, managed: ManagedContainer, run: Path) -> None:
+    async def catch_up(self) -> None:
+        """Finds the containers that are not known yet: once more when this daemon answers.
+
+        Till then engines create without it, also while it looks.
+        """
+        runs = sorted(run for run in paths.CONTAINERS.iterdir() if run.name not in self._containers)
+        # What may be under creation comes last: it takes a moment, and the others wait to be woken.
+        runs.sort(key=lambda run: not (run / "init.pid").exists())
+        for run in runs:
+            await self.find(run.name)
+
+    async def _look_at(self, run: Path) -> None:
+        """Takes a container in that lives, and clears away what is left of one that does not."""
+        try:
+            record = _read(run / "meta.json")
+        except (OSError, msgspec.MsgspecError, ArchitectError) as error:
+            if runc_state.is_being_created(run.name):
+                return  # Its record is not written yet; who creates it says when it is there.
+            self._complain(run.name, f"its record cannot be read, it is left alone: {error}")
+            self._left_alone.add(run.name)
+            return
+        managed = self._make(record, State.CREATED)
+        try:
+            await self._take_over(managed, run)
+        except (KeeperError, FileNotFoundError, ProcessLookupError):
+            managed.forget()
+        except ArchitectError as error:
+            self._complain(run.name, str(error))
+        else:
+            self._containers[record.id] = managed
+            if self._retired:
+                managed.follow(record.annotations, ContainerSettings(record.container))
+
+    async def _take_over(self, managed: MovableContainer, run: Path) -> None:
+        await _await_creation(run)
         await _await_exit(run / "dump.pid")
         (run / "hook").unlink(missing_ok=True)
         status = await managed.attach()
@@ -230,7 +266,7 @@ class Registry:
                 status = await managed.order("wake")
         managed.resume(status, self._state(status, managed))
 
-    async def _end_dump(self, managed: ManagedContainer, run: Path) -> KeeperStatus:
+    async def _end_dump(self, managed: MovableContainer, run: Path) -> KeeperStatus:
         """The last daemon died in mid-dump and CRIU has ended: either it committed, or it thawed."""
         for _ in range(100):
             status = await managed.order("status")
@@ -242,7 +278,7 @@ class Registry:
             (run / "checkpoint").unlink(missing_ok=True)
         return await managed.order("dump-end") if status.phase == "dumping" else status
 
-    def _state(self, status: KeeperStatus, managed: ManagedContainer) -> State:
+    def _state(self, status: KeeperStatus, managed: MovableContainer) -> State:
         if status.phase in ("hibernated", "restoring"):
             return State.SCALED_DOWN
         fifo = Path(managed.record.runtime_root) / managed.record.id / "exec.fifo"
@@ -260,7 +296,7 @@ class Registry:
             managed.let_go()
 
 
-async def _end(managed: ManagedContainer) -> None:
+async def _end(managed: MovableContainer) -> None:
     with contextlib.suppress(KeeperError):
         await managed.order("exit 137")
 
@@ -281,6 +317,27 @@ def _read(file: Path) -> ContainerRecord:
             fix="start the version that wrote it",
         )
     return msgspec.json.decode(raw, type=ContainerRecord)
+
+
+async def _await_creation(run: Path) -> None:
+    """Waits while a container is being created, which goes on without a daemon.
+
+    Whoever has no keeper yet is not to be taken for one whose keeper is gone.
+    """
+    end = time.monotonic() + _CREATION_S
+    while time.monotonic() < end:
+        try:
+            keeper = Keeper(run / "ctl")
+        except KeeperError:
+            if not runc_state.is_being_created(run.name):
+                return
+        else:
+            try:
+                if (await keeper.ask("status")).phase != "creating":
+                    return
+            finally:
+                keeper.close()
+        await asyncio.sleep(_LOOK_S)
 
 
 async def _await_exit(pid_file: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -21,6 +21,8 @@ from architect.decisions.limits import Verdict
 from architect.processes.architectd import probing
 from architect.processes.architectd.container import ManagedContainer
 from architect.processes.architectd.context import Context
+from architect.processes.architectd.log import log
+from architect.processes.architectd.moving import MovableContainer
 from architect.processes.architectd.registry import Registry
 
 _LINE_LIMIT: Final = 1 << 20
@@ -30,15 +32,36 @@ class LimitsRefused(ArchitectError):
     """Lower limits would kill a container that has just woken."""
 
 
+class Moves(Protocol):
+    """What the server must know of a cluster's moves; :mod:`.cluster.moves` implements it."""
+
+    async def arrives(self, managed: MovableContainer) -> bool:
+        """A container is to be started: whether a checkpoint of another node has taken its place.
+
+        Raises:
+            ArchitectError: it is on its way and cannot be restored now; the kubelet is to try again.
+        """
+
+    def started(self, managed: MovableContainer) -> None:
+        """The engine has started a container anew."""
+
+    def stopped(self, managed: MovableContainer) -> None:
+        """The engine wants a container to end; its signal is in the record."""
+
+
 class Server:
     """Answers requests; see the module."""
 
-    def __init__(self, registry: Registry, context: Context) -> None:
+    def __init__(self, registry: Registry, context: Context, moves: Moves | None = None) -> None:
+        """``moves`` decides what the starts and stops of a cluster's pods mean."""
         self._registry = registry
+        self._moves = moves
         self._context = context
         self._verbs: dict[str, Callable[[Request], Awaitable[str]]] = {
             "create": self._create,
             "created": self._created,
+            "start": self._start,
+            "stop": self._stop,
             "started": self._started,
             "update": self._update,
             "updated": self._updated,
@@ -94,15 +117,48 @@ class Server:
         return "ok managed" if managed else "ok unmanaged"
 
     async def _created(self, request: Request) -> str:
-        await self._registry.created(request.id)
+        try:
+            managed = await self._registry.find(request.id)
+            if managed is not None and not managed.clock.init:
+                await managed.attach()
+        except (OSError, ValueError) as error:
+            # The container is there, and the next word about it makes another try.
+            log("not attached", id=request.id, error=repr(error))
+            return f"error {error}"
         return "ok"
 
+    async def _start(self, request: Request) -> str:
+        """Whether runc is to start it, or a checkpoint of another node has taken its place."""
+        managed = await self._registry.find(request.id)
+        if self._moves is None:
+            return "ok start"
+        if managed is None:
+            # Started as new it would take the place of what may be on its way to it.
+            return f"error container {request.id} is not known; it is gone, or its record cannot be read"
+        if not managed.clock.init:
+            await managed.attach()
+        return "ok landed" if await self._moves.arrives(managed) else "ok start"
+
+    async def _stop(self, request: Request) -> str:
+        """Whether the signal is delivered now, or held until it is known what becomes of the pod."""
+        managed = await self._registry.find(request.id)
+        if managed is None or self._moves is None:
+            return "ok deliver"
+        managed.record.stop_signal = request.signal
+        managed.save()
+        self._moves.stopped(managed)
+        return "ok held"
+
     async def _started(self, request: Request) -> str:
-        self._registry.started(request.id)
+        managed = await self._registry.find(request.id)
+        if managed is not None:
+            managed.started()
+            if self._moves is not None:
+                self._moves.started(managed)
         return "ok"
 
     async def _update(self, request: Request) -> str:
-        managed = self._registry.get(request.id)
+        managed = await self._registry.find(request.id)
         if managed is None:
             return Verdict.APPLY.value
         verdict = managed.update(request.resources)
@@ -115,7 +171,7 @@ class Server:
         )
 
     async def _updated(self, request: Request) -> str:
-        managed = self._registry.get(request.id)
+        managed = await self._registry.find(request.id)
         if managed is not None:
             managed.updated()
         return "ok"
@@ -128,7 +184,7 @@ class Server:
         self, request: Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Wakes a container and keeps it awake while the connection is open."""
-        managed = self._registry.get(request.id)
+        managed = await self._registry.find(request.id)
         if managed is None:
             writer.write(b"ok\n")
             return

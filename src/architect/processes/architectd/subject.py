@@ -6,6 +6,7 @@ Called by :class:`.container.ManagedContainer`.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 from architect.adapters import bindable, criu, listeners, mounts, podman, sysvipc, warm
@@ -36,12 +37,14 @@ async def prepare(record: ContainerRecord, run: Path, init: int, group: Cgroup) 
                 fix="give it a pod of its own, or list it in disable-autoscaledown-containers",
             )
         record.own_ipc = True
-    # In a thread: /proc/net/tcp alone takes ten milliseconds where the kernel's tables are large.
-    await asyncio.to_thread(_make_bindable, record.keeper, group, name)
+    # In threads: /proc/net/tcp alone takes ten milliseconds where the kernel's tables are large.
+    _, record.warm = await asyncio.gather(
+        asyncio.to_thread(_make_bindable, record.keeper, group, name),
+        asyncio.to_thread(warm.cached_extents, init, record.rootfs),
+    )
     if record.mounts is None:
         record.mounts = await mounts.keep(init, run / "mnt")
     record.pipes = criu.stdio(init, record.keeper)
-    record.warm = await asyncio.to_thread(warm.cached_extents, init, record.rootfs)
     return criu.Subject(
         init=init,
         keeper=record.keeper,
@@ -49,6 +52,22 @@ async def prepare(record: ContainerRecord, run: Path, init: int, group: Cgroup) 
         netns_inode=Path(f"/proc/{record.keeper}/ns/net").stat().st_ino,
         mounts=record.mounts,
         pipes=record.pipes,
+        join=[kind for kind in ("ipc", "uts") if not _is_host_namespace(init, kind)],
+    )
+
+
+def arriving(record: ContainerRecord, init: int, pipes: Mapping[str, int]) -> criu.Subject:
+    """What CRIU must be told to restore a checkpoint of another node in the place of ``init``.
+
+    ``pipes`` are named as at its dump: the keeper's descriptors stand for them by their numbers.
+    """
+    return criu.Subject(
+        init=init,
+        keeper=record.keeper,
+        rootfs=record.rootfs,
+        netns_inode=Path(f"/proc/{record.keeper}/ns/net").stat().st_ino,
+        mounts=record.mounts or [],
+        pipes=dict(pipes),
         join=[kind for kind in ("ipc", "uts") if not _is_host_namespace(init, kind)],
     )
 

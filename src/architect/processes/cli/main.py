@@ -6,7 +6,7 @@ import enum
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 import typer
@@ -35,6 +35,20 @@ class Output(enum.StrEnum):
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="table or json")]
 PodArgument = Annotated[str, typer.Argument(help="Name of the pod; for `podman run --name N`, N")]
 ContainerOption = Annotated[str, typer.Option("--container", "-c", help="Only this container")]
+ROW_HEAD: Final = (
+    "POD",
+    "CONTAINER",
+    "STATE",
+    "SINCE",
+    "IDLE",
+    "HIBERNATED",
+    "DOWN",
+    "UP",
+    "MEMORY",
+    "DISK",
+    "ERROR",
+)
+"""Of the table of `architect ps`."""
 
 
 @app.command()
@@ -62,7 +76,7 @@ def check(output: OutputOption = Output.TABLE) -> None:
     if output is Output.JSON:
         print(msgspec.json.encode(findings).decode())
     else:
-        _table(
+        table(
             ["", "WHAT", "FOUND", "WITHOUT IT"],
             [
                 [finding.verdict.value, finding.name, finding.found, finding.without]
@@ -136,40 +150,28 @@ def show_rows(encoded: str, output: Output) -> None:
         print(encoded)
         return
     rows = msgspec.json.decode(encoded, type=list[Row])
-    _table(
-        [
-            "POD",
-            "CONTAINER",
-            "STATE",
-            "SINCE",
-            "IDLE",
-            "HIBERNATED",
-            "DOWN",
-            "UP",
-            "MEMORY",
-            "DISK",
-            "ERROR",
-        ],
-        [
-            [
-                row.pod,
-                row.container,
-                row.state,
-                _age(row.since),
-                "" if row.idle_s is None else f"{row.idle_s:.0f} s",
-                f"{row.hibernations}x",
-                _ms(row.last_scale_down_ms),
-                _ms(row.last_scale_up_ms),
-                _bytes(row.memory_bytes),
-                _bytes(row.checkpoint_bytes),
-                row.error or "",
-            ]
-            for row in rows
-        ],
-    )
+    table(list(ROW_HEAD), [row_cells(row) for row in rows])
 
 
-def _age(since: str) -> str:
+def row_cells(row: Row) -> list[str]:
+    """A container as cells below :data:`ROW_HEAD`."""
+    return [
+        row.pod,
+        row.container,
+        row.state,
+        age(row.since),
+        "" if row.idle_s is None else f"{row.idle_s:.0f} s",
+        f"{row.hibernations}x",
+        _ms(row.last_scale_down_ms),
+        _ms(row.last_scale_up_ms),
+        _bytes(row.memory_bytes),
+        _bytes(row.checkpoint_bytes),
+        row.error or "",
+    ]
+
+
+def age(since: str) -> str:
+    """Time since then, as kubectl says it."""
     seconds = int((datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds())
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= 2 * size:
@@ -190,7 +192,7 @@ def _bytes(value: int) -> str:
     return f"{size:.2f} GB"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> None:
+def table(head: list[str], rows: list[list[str]]) -> None:
     """Plain columns, so that awk and a narrow terminal can read them."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:

@@ -25,6 +25,9 @@ from architect.contract.kubernetes import DAEMON, RUNC_CLASS
 from architect.decisions import podstatus, reconcile
 from architect.decisions.reconcile import Finding, NodeState, Suspicion
 from architect.decisions.resources import Server
+from architect.processes.controlplane.identities import Identities
+from architect.processes.controlplane.pairing import Pairing
+from architect.processes.controlplane.placeholders import Placeholders
 
 _log: Final = logging.getLogger(__name__)
 
@@ -51,8 +54,7 @@ def is_daemon(pod: Pod) -> bool:
 
 def is_ready(pod: Pod) -> bool:
     """Whether a pod is Ready and not on its way out."""
-    ready = any(one.type == "Ready" and one.status == "True" for one in pod.status.conditions or ())
-    return ready and pod.metadata.deletionTimestamp is None
+    return pod.ready and pod.metadata.deletionTimestamp is None
 
 
 class Controller:
@@ -81,6 +83,9 @@ class Controller:
         self.pods: Informer[Pod] = Informer(kube, Pod, keep=is_ours)
         self.nodes: Informer[Node] = Informer(kube, Node)
         self.pods.add_handler(self._pod_changed)
+        self.pairing = Pairing(kube, self.pods, self.nodes, may_act)
+        self.placeholders = Placeholders(kube, self.pods, self.pairing.checkpoints, may_act)
+        self.identities = Identities(kube, namespace, self.nodes, recorder, may_act)
         self.nodes.add_handler(self._node_changed)
         self.looks = 0
         """Decisions made."""
@@ -98,6 +103,9 @@ class Controller:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.nodes.run())
             tasks.create_task(self.pods.run())
+            tasks.create_task(self.pairing.run())
+            tasks.create_task(self.placeholders.run())
+            tasks.create_task(self.identities.run())
             await self.nodes.synced.wait()
             await self.pods.synced.wait()
             # What was listed stays: walking it with each full collection would hold decisions up.

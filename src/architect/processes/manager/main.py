@@ -84,6 +84,12 @@ def _duration(text: str) -> int:
     return found
 
 
+def _grace(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError("it must be a number of seconds, 0 or more")
+    return int(text)
+
+
 def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options of a command line (None: of this process). Wrong usage exits with 2."""
     env = os.environ.get
@@ -111,6 +117,12 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
         default="",
     )
     add("--default-scaledown-duration", type=_duration, default=DEFAULTS.scaledown_ns)
+    add(
+        "--move-grace-period-seconds",
+        type=_grace,
+        default=0,
+        help="least terminationGracePeriodSeconds of managed pods; 0: their own",
+    )
     add("--image", default="", help="our own image, for the sidecars that answer probes")
     add(
         "--image-pull-policy",
@@ -132,6 +144,7 @@ def policy(chosen: argparse.Namespace) -> Policy:
         ),
         trusted=frozenset(chosen.trusted_user or ours),
         proxy=Proxy(chosen.image, chosen.image_pull_policy) if chosen.image else None,
+        move_grace_s=chosen.move_grace_period_seconds,
     )
 
 

@@ -20,7 +20,6 @@ from architect.decisions.distros import Edit, Layout
 from architect.decisions.runtimeconfig import Handler
 
 _STATE: Final = paths.STATE / "node"
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _DEFAULT_CONFIG: Final = "/etc/containerd/config.toml"
 
 
@@ -97,7 +96,7 @@ class Notes:
 
     def want_restart(self) -> None:
         """From now on containerd is older than its configuration."""
-        note = {"boot": _BOOT_ID.read_text().strip(), "since": containerd.boot_time()}
+        note = {"boot": paths.BOOT_ID.read_text().strip(), "since": containerd.boot_time()}
         replace_file(self._restart, json.dumps(note).encode())
 
     def restarted(self) -> None:
@@ -114,7 +113,7 @@ class Notes:
         note = self._load(self._restart)
         if note is None or service is None:
             return note is not None
-        is_this_boot = note.get("boot") == _BOOT_ID.read_text().strip()
+        is_this_boot = note.get("boot") == paths.BOOT_ID.read_text().strip()
         since = note.get("since")
         return is_this_boot and isinstance(since, int | float) and service.started <= since
 

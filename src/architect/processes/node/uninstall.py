@@ -54,10 +54,12 @@ def _is_keeper(pid: str) -> bool:
 def uninstall(place: Place) -> list[str]:
     """Take everything away; what was done, a line each.
 
-    Raises ArchitectError, also when containers still need it: then nothing was changed.
+    Raises ArchitectError, also when containers still need it: these stay, and end as under runc.
     """
     notes = Notes(place.host)
     with notes.held():
+        # From now on no daemon says what a stop means: what still runs is stopped as under runc.
+        place.host.path(paths.CLUSTER_MARK).unlink(missing_ok=True)
         if (place.target / hostfiles.RECORD).exists():
             raise ArchitectError(
                 place.prefix, "it was installed with `make install`", "run `make uninstall` there"

@@ -24,8 +24,8 @@ from architect.contract.kubernetes import (
     REMOVAL_REQUESTED,
     REMOVAL_WITHDRAWN,
 )
-from architect.processes.architectd.cluster.log import log
 from architect.processes.architectd.cluster.pods import Pods
+from architect.processes.architectd.log import log
 from architect.processes.architectd.registry import Registry
 
 _LOOK_S: Final = 0.5

@@ -26,8 +26,8 @@ from architect.contract.records import Event
 from architect.contract.states import State
 from architect.decisions import podstatus
 from architect.decisions.resources import Server
-from architect.processes.architectd.cluster.log import log
 from architect.processes.architectd.container import ManagedContainer
+from architect.processes.architectd.log import log
 from architect.processes.architectd.registry import Registry
 
 _AT_ONCE: Final = 8

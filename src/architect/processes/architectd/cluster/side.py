@@ -9,13 +9,15 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+from architect.adapters.identity import Identity
 from architect.adapters.kube.client import Kube, KubeError
 from architect.adapters.kube.events import Recorder
 from architect.contract.kubernetes import DAEMON
-from architect.processes.architectd.cluster.log import log
+from architect.processes.architectd.cluster.moves import Moves, Route
 from architect.processes.architectd.cluster.node import NodeSide
 from architect.processes.architectd.cluster.pods import Pods
 from architect.processes.architectd.context import Context
+from architect.processes.architectd.log import log
 from architect.processes.architectd.registry import Registry
 
 _FAREWELL_S = 2.0
@@ -25,13 +27,19 @@ _FAREWELL_S = 2.0
 class ClusterSide:
     """See the module. Made before the registry has recovered, started after it."""
 
-    def __init__(self, credentials: Path, node: str, registry: Registry, context: Context) -> None:
+    def __init__(
+        self, credentials: Path, node: str, registry: Registry, context: Context, route: Route
+    ) -> None:
         """Raises KubeError if the credentials cannot be read."""
         self._kube = Kube.in_cluster(credentials)
         self._context = context
         self._recorder = Recorder(self._kube, DAEMON, node)
         self._pods = Pods(self._kube, node, registry, self._recorder)
         self._node = NodeSide(self._kube, node, registry, self._pods)
+        identity = Identity(self._kube, node, route.namespace)
+        self.moves = Moves(
+            self._kube, node, route, registry, self._recorder, identity, self._pods.informer
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         # What the libraries say of each request is of no use in the pod's log.
         logging.getLogger("httpx2").setLevel(logging.WARNING)
@@ -42,6 +50,7 @@ class ClusterSide:
         self._keep(self._pods.informer.run())
         self._keep(self._node.informer.run())
         self._keep(self._recorder.run())
+        self._keep(self.moves.run())
         self._keep(self._events())
         self._keep(self._node.show())
 
