@@ -160,7 +160,11 @@ static enum progress recognise(struct probe *probe)
 	char byte;
 
 	if (!probe->client.tls && !probe->first_length) {
-		length = recv(probe->client.fd, &byte, 1, MSG_PEEK);
+		length = stream_peek(&probe->client, &byte);
+		/* Not to be asked a second time below: a ClientHello that comes in between would be read as
+		 * a request line. */
+		if (length == BLOCKED)
+			return WAITING;
 		if (length == 1 && byte == TLS_HANDSHAKE) {
 			probe->phase = SHAKING;
 			return GOING_ON;

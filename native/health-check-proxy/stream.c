@@ -54,6 +54,13 @@ ssize_t stream_read(struct stream *stream, void *bytes, size_t size)
 	return length >= 0 ? length : plain_result(stream, EPOLLIN);
 }
 
+ssize_t stream_peek(struct stream *stream, char *byte)
+{
+	ssize_t length = recv(stream->fd, byte, 1, MSG_PEEK);
+
+	return length >= 0 ? length : plain_result(stream, EPOLLIN);
+}
+
 ssize_t stream_write(struct stream *stream, const void *bytes, size_t length)
 {
 	ssize_t written;

@@ -19,6 +19,8 @@ enum { BLOCKED = -1, FAILED = -2 };
 
 /* Bytes read, 0 at the end, BLOCKED or FAILED. */
 ssize_t stream_read(struct stream *stream, void *bytes, size_t size);
+/* The same of the first byte of one that is not in TLS, which stays to be read. */
+ssize_t stream_peek(struct stream *stream, char *byte);
 /* Bytes written (some), BLOCKED or FAILED. */
 ssize_t stream_write(struct stream *stream, const void *bytes, size_t length);
 /* Makes a TLS connection of it: 1 when done, BLOCKED or FAILED. A second call goes on with it. */

@@ -11,6 +11,7 @@ import functools
 import http.client
 import os
 import socket
+import ssl
 import subprocess
 import time
 from pathlib import Path
@@ -318,6 +319,23 @@ def test_it_is_small_and_does_not_grow(built: Path, certificate: Path) -> None:
         assert max(after[:2]) < RESIDENT_KB
         assert after[2] < RESIDENT_TLS_KB
         assert max(b - a for a, b in zip(before, after, strict=True)) < GROWN_KB
+
+
+def test_a_client_hello_is_known_at_whatever_instant_it_comes(built: Path) -> None:
+    """In the midst of the proxy's first look at the connection, too."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = probed.unverified().wrap_bio(incoming, outgoing)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = outgoing.read()
+    with proxied_tcp(built) as proxy:
+        for number in range(20_000):
+            with socket.create_connection(("127.0.0.1", proxy.port), 10) as one:
+                at = time.perf_counter_ns() + number % 200 * 1000
+                while time.perf_counter_ns() < at:
+                    pass
+                one.sendall(hello)
+                assert one.recv(1) == b"\x16", "no ServerHello's record came back"
 
 
 def test_it_needs_no_library(built: Path) -> None:
